@@ -1,0 +1,40 @@
+"""Analytic denoisers as modules, a diffusion network that learns only what they leave, and teleport.
+
+    gaussian = GaussianDenoiser.fit(images)                  # closed form, all state in buffers
+    model = BypassPrecond(SongUNet(...), gaussian)           # train it: it learns the nonlinear residual
+    x, sigmas = teleport(gaussian, x, karras_sigmas(18), skip=5)
+    images = heun(model, x, sigmas)                          # 25 evaluations in place of 35
+
+Reference: Wang and Vastola, arXiv 2412.09726.
+"""
+
+from gaussnet.covariance import Covariance
+from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.gate import Gate
+from gaussnet.hub import from_pretrained
+from gaussnet.networks import SongUNet
+from gaussnet.precond import BypassPrecond, EDMPrecond
+from gaussnet.probes import ScoreProbe, unexplained_variance
+from gaussnet.samplers import count_nfe, euler, heun, karras_sigmas, teleport
+from gaussnet.version import __version__
+
+__all__ = [
+    "BypassPrecond",
+    "Covariance",
+    "DeltaDenoiser",
+    "Denoiser",
+    "EDMPrecond",
+    "Gate",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "ScoreProbe",
+    "SongUNet",
+    "__version__",
+    "count_nfe",
+    "euler",
+    "from_pretrained",
+    "heun",
+    "karras_sigmas",
+    "teleport",
+    "unexplained_variance",
+]

@@ -1,0 +1,141 @@
+"""One covariance matrix and its spectral functions: the only linear algebra of the library.
+
+    Sigma = U diag(lam) U^T + tail (I - U U^T)
+
+`U` (D, r) has orthonormal columns, `lam` (r,) are eigenvalues, and the scalar `tail` is the variance in
+each of the D - r directions that `U` leaves out. r = D is a full-rank matrix, 0 < r < D probabilistic
+PCA, r = 0 an isotropic one. Every formula of the Gaussian diffusion model is a scalar function `f` of the
+eigenvalues, applied to a vector:
+
+    f(Sigma) u = f(tail) u + U [(f(lam) - f(tail)) * (U^T u)]        (two matrix products)
+               = U [f(lam) * (U^T u)]                                when r = D
+
+With s the noise level, for instance: denoising is lam / (lam + s^2) (Eq. 12, 13), the negative score
+1 / (lam + s^2) (Eq. 5), the probability-flow ODE from s0 to s1 sqrt((lam + s1^2) / (lam + s0^2)) (Eq. 15).
+
+Reference: Wang and Vastola, "The Unreasonable Effectiveness of Gaussian Score Approximation for
+Diffusion Models and its Applications", TMLR 2024, arXiv 2412.09726. Equation numbers are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self, overload
+
+import torch
+from torch import Tensor, nn
+
+from gaussnet.numerics import Sigma
+
+SpectralFunction = Callable[[Tensor], Tensor]
+
+
+class Covariance(nn.Module):
+    """A symmetric positive semi-definite matrix in its eigenbasis, with an isotropic tail.
+
+    Args:
+        eigvecs: orthonormal columns U, shape (D, r), 0 <= r <= D.
+        eigvals: eigenvalues lam >= 0, shape (r,), in squared data units.
+        tail: variance in every direction orthogonal to `eigvecs`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or an eigenvalue is negative or not finite.
+
+    Example:
+        >>> covariance = Covariance(torch.eye(3)[:, :1], torch.tensor([4.0]), tail=1.0)
+        >>> covariance.apply(torch.sqrt, torch.ones(3))
+        tensor([2., 1., 1.])
+    """
+
+    eigvecs: Tensor
+    eigvals: Tensor
+    tail: Tensor
+
+    def __init__(self, eigvecs: Tensor, eigvals: Tensor, tail: Sigma = 0.0) -> None:
+        super().__init__()
+        if eigvecs.ndim != 2 or eigvecs.shape[1] > eigvecs.shape[0]:
+            raise ValueError(f"expected eigvecs of shape (D, r) with r <= D, got {tuple(eigvecs.shape)}")
+        if eigvals.shape != eigvecs.shape[1:]:
+            raise ValueError(
+                f"expected one eigenvalue for each of the {eigvecs.shape[1]} eigenvectors, "
+                f"got eigvals of shape {tuple(eigvals.shape)}"
+            )
+        tail = torch.as_tensor(tail, dtype=eigvecs.dtype, device=eigvecs.device)
+        if tail.ndim != 0:
+            raise ValueError(f"expected tail to be a scalar, got shape {tuple(tail.shape)}")
+        spectrum = torch.cat([eigvals, tail.to(eigvals.dtype)[None]])
+        if not bool((torch.isfinite(spectrum) & (spectrum >= 0)).all()):
+            raise ValueError(
+                "expected finite eigenvalues >= 0, got a range of "
+                f"[{spectrum.min().item():g}, {spectrum.max().item():g}] (the tail included)"
+            )
+        self.register_buffer("eigvecs", eigvecs)
+        self.register_buffer("eigvals", eigvals)
+        self.register_buffer("tail", tail)
+
+    @property
+    def dim(self) -> int:
+        """D, the number of dimensions."""
+        return self.eigvecs.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of stored eigenvectors."""
+        return self.eigvecs.shape[1]
+
+    @overload
+    def apply(self, f: SpectralFunction, u: Tensor) -> Tensor: ...
+
+    @overload
+    def apply(self, f: Callable[[nn.Module], None]) -> Self: ...
+
+    def apply(self, f: Callable[..., Any], u: Tensor | None = None) -> Tensor | Self:
+        """f(Sigma) u, computed in the dtype of `u`.
+
+        (Without `u` this is `nn.Module.apply`, which a parent module calls on all of its children.)
+
+        Args:
+            f: element-wise function of the eigenvalues. It receives a tensor of shape (r,) or (1,) and
+                returns one that broadcasts against (*batch, r): close over `sigma[..., None]` to use one
+                noise level per sample.
+            u: vectors, shape (*batch, D).
+
+        Returns:
+            Tensor of shape (*batch, D).
+        """
+        if u is None:
+            return super().apply(f)
+        eigvecs = self.eigvecs.to(u.dtype)
+        if self.rank == 0:
+            return f(self._tail(u.dtype)) * u
+        coefficients = u @ eigvecs  # (*batch, r)
+        if self.rank == self.dim:
+            return (f(self.eigvals.to(u.dtype)) * coefficients) @ eigvecs.mT
+        f_tail = f(self._tail(u.dtype))
+        return f_tail * u + ((f(self.eigvals.to(u.dtype)) - f_tail) * coefficients) @ eigvecs.mT
+
+    def trace(self, f: SpectralFunction, dtype: torch.dtype | None = None) -> Tensor:
+        """Tr f(Sigma): shape (), or that of the batch over which `f` broadcasts."""
+        dtype = dtype or self.eigvals.dtype
+        total = f(self.eigvals.to(dtype)).sum(-1)
+        if self.rank < self.dim:
+            total = total + (self.dim - self.rank) * f(self._tail(dtype)).sum(-1)
+        return total
+
+    def logdet(self, sigma: Sigma, dtype: torch.dtype | None = None) -> Tensor:
+        """Log det(Sigma + sigma^2 I), shape of `sigma`."""
+        dtype = dtype or self.eigvals.dtype
+        variance = torch.as_tensor(sigma, dtype=dtype, device=self.eigvals.device)[..., None] ** 2
+        return self.trace(lambda lam: torch.log(lam + variance), dtype)
+
+    def dense(self) -> Tensor:
+        """The matrix itself, shape (D, D)."""
+        return self.apply(
+            lambda lam: lam, torch.eye(self.dim, dtype=self.eigvecs.dtype, device=self.eigvecs.device)
+        )
+
+    def _tail(self, dtype: torch.dtype) -> Tensor:
+        return self.tail.to(dtype)[None]  # (1,): broadcasts wherever (r,) does
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, rank={self.rank}"

@@ -1,0 +1,81 @@
+"""Everything is a denoiser: D(x, sigma) = E[x_0 | x_0 + sigma n = x], n ~ N(0, I).
+
+A trained network, a Gaussian, a mixture and the training set itself share this one signature, and scores,
+probes, losses and samplers are written once against it. Its score is (Eq. 4)
+
+    s(x, sigma) = grad_x log p(x; sigma) = (D(x, sigma) - x) / sigma^2.
+
+Reference: arXiv 2412.09726, Sec. 2.1; Karras et al. 2022, arXiv 2206.00364.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from gaussnet.hub import Pretrained
+from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, result_dtype
+
+
+class Denoiser(Pretrained, ABC):
+    """Base class: maps a noisy batch and its noise level to a clean estimate of the same shape.
+
+    All state lies in parameters and buffers. The result has the dtype of `x`, but at least float32.
+    """
+
+    @property
+    @abstractmethod
+    def event_shape(self) -> torch.Size:
+        """Shape of one sample, such as (C, H, W)."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        """The denoised estimate of `x`.
+
+        Args:
+            x: noisy samples, shape (*batch, *event_shape); networks take exactly one batch axis.
+            sigma: noise level in the units of `x`: a float, a 0-d tensor or one value per sample.
+            class_labels: integer classes of shape (*batch,) or one-hot rows (*batch, classes).
+                A denoiser without classes ignores them, as unconditional EDM networks do.
+
+        Returns:
+            Tensor of the shape of `x`.
+
+        Raises:
+            TypeError: if `x` is not a floating-point tensor.
+            ValueError: if a shape does not fit, or sigma is not finite and positive.
+        """
+
+    def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        """The score grad_x log p(x; sigma) of Eq. 4; arguments, result and errors as in `forward`."""
+        batch_shape = check_event(x, self.event_shape, type(self).__name__)
+        dtype = result_dtype(x)
+        level = expand_as_event(as_sigma(sigma, x, batch_shape, dtype), len(self.event_shape))
+        return (self(x, sigma, class_labels) - x.to(dtype)) / level**2  # Eq. 4
+
+
+def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tensor) -> Tensor:
+    """Integer classes from integer labels of shape `batch_shape`, or from one-hot rows.
+
+    Raises:
+        ValueError: if the shape is neither, or a class is not among the `known` ones.
+    """
+    if class_labels.shape == batch_shape and not class_labels.is_floating_point():
+        index = class_labels
+    elif class_labels.shape[:-1] == batch_shape and class_labels.ndim == len(batch_shape) + 1:
+        index = class_labels.argmax(-1)
+    else:
+        raise ValueError(
+            f"expected class_labels to be integers of shape {tuple(batch_shape)} or one-hot rows of shape "
+            f"({', '.join([*map(str, batch_shape), 'classes'])}), got {class_labels.dtype} of shape "
+            f"{tuple(class_labels.shape)}"
+        )
+    unknown = ~torch.isin(index, known)
+    if bool(unknown.any()):
+        raise ValueError(
+            f"expected class_labels among {sorted(set(known.tolist()))}, "
+            f"got {sorted(set(index[unknown].tolist()))}"
+        )
+    return index

@@ -1,0 +1,180 @@
+"""The Gaussian denoiser: closed form for score, denoiser, density and probability-flow ODE.
+
+For data with mean mu and covariance Sigma, at noise level s (arXiv 2412.09726):
+
+    s(x, s)   = -(Sigma + s^2 I)^-1 (x - mu)                                            (Eq. 5)
+    D(x, s)   = mu + Sigma (Sigma + s^2 I)^-1 (x - mu)                                  (Eq. 6, 12, 13)
+    x(s1)     = mu + [(Sigma + s1^2 I) (Sigma + s0^2 I)^-1]^(1/2) (x(s0) - mu)          (Eq. 15)
+    e(s)^2    = tr[Sigma s^2 (Sigma + s^2 I)^-1] / D
+
+The last is its mean squared error per dimension on any data with these two moments, Gaussian or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from gaussnet.covariance import Covariance, SpectralFunction
+from gaussnet.denoisers.base import Denoiser
+from gaussnet.fit import Data, fit_covariance
+from gaussnet.numerics import (
+    Sigma,
+    as_sigma,
+    check_event,
+    compute_dtype,
+    full_precision,
+    result_dtype,
+)
+
+
+class GaussianDenoiser(Denoiser):
+    """The optimal denoiser of N(mean, covariance), and the best affine denoiser of any such data.
+
+    Args:
+        mean: shape (*event_shape).
+        covariance: over the D = prod(event_shape) flattened dimensions.
+
+    Raises:
+        ValueError: if the covariance has another number of dimensions than the mean, or the mean is
+            not finite.
+
+    Example:
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), var=1.0)
+        >>> gaussian(torch.ones(1, 1, 2, 2), sigma=1.0).flatten()
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, covariance: Covariance) -> None:
+        super().__init__()
+        if mean.numel() != covariance.dim:
+            raise ValueError(
+                f"expected a covariance of {mean.numel()} dimensions for a mean of shape "
+                f"{tuple(mean.shape)}, got {covariance.dim}"
+            )
+        if not bool(torch.isfinite(mean).all()):
+            raise ValueError(
+                f"expected a finite mean, got {int((~torch.isfinite(mean)).sum())} non-finite values"
+            )
+        self.register_buffer("mean", mean)
+        self.covariance = covariance
+
+    @classmethod
+    def isotropic(cls, mean: Tensor, var: Sigma) -> Self:
+        """N(mean, var I); with var = 0 its score is the paper's isotropic one, (mu - x)/s^2 (Eq. 29)."""
+        eigvecs = mean.new_zeros(mean.numel(), 0)
+        return cls(mean, Covariance(eigvecs, mean.new_zeros(0), tail=var))
+
+    @classmethod
+    def fit(cls, data: Data, rank: int | None = None, shrinkage: str = "cv") -> Self:
+        """Fits mean and covariance to data.
+
+        Args:
+            data: (N, *event_shape), or an iterable of such batches.
+            rank: number of eigenvectors to keep; the variance of the others becomes the isotropic tail.
+                Default: all that the data determine.
+            shrinkage: "cv" measures the eigenvalues on left-out folds, so that the denoiser predicts its
+                own error on new data; "none" keeps the sample eigenvalues (covariance over N).
+
+        Raises:
+            ValueError: for fewer than two samples, non-finite data, or a rank out of range.
+        """
+        event_shape, mean, covariance = fit_covariance(data, rank=rank, shrinkage=shrinkage)
+        return cls(mean.reshape(event_shape), covariance)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.mean.shape
+
+    def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        u, level = self._centre(x, sigma)
+        return self._restore(x, self._spectral(lambda lam: lam / (lam + level**2), u))  # Eq. 12, 13
+
+    def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        # In float64: where sigma^2 is small, 1/(lam + sigma^2) turns the rounding of U^T u into an error.
+        u, level = self._centre(x, sigma, torch.float64)
+        score = self._spectral(lambda lam: -1 / (lam + level**2), u)  # Eq. 5
+        return score.reshape(x.shape).to(result_dtype(x))
+
+    def log_prob(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """Log p(x; sigma) of N(mu, Sigma + sigma^2 I); shape (*batch,)."""
+        u, level = self._centre(x, sigma, torch.float64)
+        mahalanobis = (u * self._spectral(lambda lam: 1 / (lam + level**2), u)).sum(-1)
+        logdet = self.covariance.trace(lambda lam: torch.log(lam + level**2), torch.float64)
+        dim = self.covariance.dim
+        return (-0.5 * (mahalanobis + logdet + dim * math.log(2 * math.pi))).to(result_dtype(x))
+
+    def flow(self, x: Tensor, sigma_from: Sigma, sigma_to: Sigma) -> Tensor:
+        """Solves the probability-flow ODE from one noise level to another in closed form (Eq. 15).
+
+        Args:
+            x: state at `sigma_from`, shape (*batch, *event_shape).
+            sigma_from: its noise level, > 0.
+            sigma_to: the level to reach, >= 0, above or below.
+
+        Returns:
+            The state at `sigma_to`, of the shape of `x`.
+        """
+        u, start = self._centre(x, sigma_from)
+        batch_shape = tuple(u.shape[:-1])
+        end = as_sigma(sigma_to, x, batch_shape, u.dtype, zero_ok=True)[..., None]
+        return self._restore(x, self._spectral(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u))
+
+    def sample(self, n: int, sigma: Sigma = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draws `n` samples of N(mu, Sigma + sigma^2 I); shape (n, *event_shape).
+
+        With sigma > 0 these are states of the diffusion at that noise level: a "warm start" of a sampler.
+        """
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        noise = torch.randn(n, self.covariance.dim, generator=generator, dtype=dtype, device=self.mean.device)
+        level = as_sigma(sigma, noise, (n,), dtype, zero_ok=True)[..., None]
+        draws = self._spectral(lambda lam: torch.sqrt(lam + level**2), noise)
+        return self.mean.to(dtype) + draws.reshape(n, *self.event_shape)
+
+    def bayes_error(self, sigma: Sigma) -> Tensor:
+        """e(sigma)^2, the mean squared denoising error per dimension; shape of `sigma`.
+
+        Exact for any data with this mean and covariance, since it depends on second moments only.
+        """
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
+        level = as_sigma(sigma, self.mean, shape, dtype, zero_ok=True)[..., None]
+        error = self.covariance.trace(lambda lam: lam * (level**2 / (lam + level**2).clamp_min(_TINY)), dtype)
+        return error / self.covariance.dim
+
+    @property
+    def variance(self) -> Tensor:
+        """tr(Sigma) / D, the mean variance per dimension; 0-d. Its square root is EDM's sigma_data."""
+        return self.covariance.trace(lambda lam: lam) / self.covariance.dim
+
+    def to_arguments(self) -> dict[str, Any]:
+        return {"event_shape": list(self.event_shape), "rank": self.covariance.rank}
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
+        mean, rank = torch.zeros(arguments["event_shape"]), arguments["rank"]
+        return cls(mean, Covariance(torch.zeros(mean.numel(), rank), torch.ones(rank), tail=1.0))
+
+    def _centre(self, x: Tensor, sigma: Sigma, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """X - mu as (*batch, D), and sigma as (*batch, 1) or (1,), in the dtype to compute in."""
+        batch_shape = check_event(x, self.event_shape, type(self).__name__)
+        dtype = torch.promote_types(compute_dtype(x, self.mean), dtype or torch.float32)
+        level = as_sigma(sigma, x, batch_shape, dtype)[..., None]
+        u = x.to(dtype) - self.mean.to(dtype)
+        return u.reshape(*batch_shape, self.covariance.dim), level
+
+    def _spectral(self, f: SpectralFunction, u: Tensor) -> Tensor:
+        with full_precision(u.device.type):
+            return self.covariance.apply(f, u)
+
+    def _restore(self, x: Tensor, u: Tensor) -> Tensor:
+        return (self.mean.to(u.dtype) + u.reshape(x.shape)).to(result_dtype(x))
+
+
+_TINY = torch.finfo(torch.float32).tiny  # keeps 0 * (0 / 0) at sigma = 0 from being NaN

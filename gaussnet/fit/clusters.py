@@ -1,0 +1,51 @@
+"""Clusters for Gaussian mixtures: mini-batch k-means, as in Sec. A.5 of arXiv 2412.09726."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def kmeans_labels(data: Tensor, n_components: int, seed: int = 0, min_count: int = 2) -> Tensor:
+    """Assigns samples to clusters by scikit-learn's MiniBatchKMeans (batch size 2048).
+
+    A cluster of fewer than `min_count` samples has no covariance: it is dissolved, and its samples go to the
+    nearest of the others.
+
+    Args:
+        data: (N, *event_shape).
+        n_components: clusters to look for, 1 <= n_components <= N.
+        seed: random state of the clustering.
+        min_count: smallest size of a cluster that is kept.
+
+    Returns:
+        Labels 0..K-1 of shape (N,), K <= n_components; every label occurs.
+
+    Raises:
+        ValueError: if there are fewer samples than clusters, or n_components < 1.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    if not 1 <= n_components <= len(data):
+        raise ValueError(f"expected 1 <= n_components <= N = {len(data)}, got {n_components}")
+    flat = data.detach().flatten(1).float().cpu().numpy()
+    kmeans = MiniBatchKMeans(n_components, batch_size=2048, random_state=seed, n_init="auto").fit(flat)
+    distances = kmeans.transform(flat)  # (N, K)
+    labels = distances.argmin(1)
+    while True:
+        counts = np.bincount(labels, minlength=n_components)
+        small = np.flatnonzero((counts > 0) & (counts < min_count))
+        if not len(small) or (counts > 0).sum() == 1:
+            break
+        dissolved = small[counts[small].argmin()]
+        log.info("dissolving cluster %d of %d sample(s)", dissolved, counts[dissolved])
+        distances[:, (counts == 0) | (np.arange(n_components) == dissolved)] = np.inf
+        moved = labels == dissolved
+        labels[moved] = distances[moved].argmin(1)
+    _, labels = np.unique(labels, return_inverse=True)
+    return torch.from_numpy(labels.astype(np.int64)).to(data.device)

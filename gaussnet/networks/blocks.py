@@ -1,0 +1,336 @@
+r"""Blocks shared by the U-Nets: embeddings of the noise level, resampling, residual blocks.
+
+Noise embedding, frequencies f_k for K = num_channels / 2 and label c (``c_noise`` of the paper):
+
+    cos(f_k c), sin(f_k c),   k = 0 .. K - 1
+    positional   f_k = 10000^(-k / (K - 1)) with the endpoint (DDPM++), 10000^(-k / K) without (ADM)
+    Fourier      f_k = 2 pi 16 n_k,   n_k ~ N(0, 1) drawn once (NCSN++)
+
+Resampling by a separable filter r, f = r r^T / (sum r)^2:
+
+    down(x) = (f * x) at every second pixel,       up = 4 down^T       (both keep constants inside)
+
+Residual block with embedding e and skip scale s, A the self-attention (optional):
+
+    h = silu(norm1(conv0(silu(norm0(x))) + W e))            additive       (DDPM++, NCSN++)
+    h = silu(norm1(conv0(silu(norm0(x)))) (1 + a) + b),  (a, b) = W e      adaptive (ADM)
+    x <- s (skip(x) + conv1(dropout(h)))
+    x <- s (x + proj(A(qkv(norm2(x)))))
+
+References:
+    Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
+    Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv 2105.05233.
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022,
+    arXiv 2206.00364 (module names follow its public checkpoints).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Resampling = Literal["up", "down"]
+
+
+class _NoiseEmbedding(nn.Module):
+    """cos and sin of noise label times frequency, in float32 at least whatever the module is."""
+
+    freqs: Tensor
+    omega: float = 1.0
+
+    def __init__(self, freqs: Tensor, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("freqs", freqs, persistent=persistent)
+
+    def forward(self, noise_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds noise labels (B,) as their cosines and sines, (B, num_channels / 2) each."""
+        phase = noise_labels[:, None] * (self.omega * self.freqs)
+        return phase.cos(), phase.sin()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # .bfloat16() must not round the frequencies: phases reach hundreds of radians.
+        def at_least_float32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype.itemsize >= 4 else t.to(moved.device)
+
+        return super()._apply(at_least_float32, recurse)
+
+
+class PositionalEmbedding(_NoiseEmbedding):
+    """Geometric frequencies from 1 to 1 / 10000, as of transformers; nothing in the state dict.
+
+    Args:
+        num_channels: Number of cosines and sines together, even.
+        endpoint: Whether the last frequency is 1 / 10000 itself (DDPM++) or one step above (ADM).
+    """
+
+    def __init__(self, num_channels: int, endpoint: bool = False) -> None:
+        half = _half(num_channels, 4 if endpoint else 2)
+        k = torch.arange(half, dtype=torch.float32)
+        super().__init__((1 / 10000) ** (k / (half - endpoint)), persistent=False)
+
+
+class FourierEmbedding(_NoiseEmbedding):
+    """Random Gaussian frequencies, kept in the state dict.
+
+    Args:
+        num_channels: Number of cosines and sines together, even.
+        scale: Standard deviation of the frequencies, in cycles.
+    """
+
+    omega = 2 * math.pi
+
+    def __init__(self, num_channels: int, scale: float = 16.0) -> None:
+        half = _half(num_channels, 2)
+        super().__init__(torch.randn(half, dtype=torch.float32) * scale, persistent=True)
+
+
+def _half(num_channels: int, least: int) -> int:
+    if num_channels % 2 or num_channels < least:
+        raise ValueError(f"embedding channels: got {num_channels}, expected even, >= {least}")
+    return num_channels // 2
+
+
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """GroupNorm with at most 32 groups of at least 4 channels."""
+    groups = min(32, channels // 4)
+    if groups == 0 or channels % groups:
+        raise ValueError(f"GroupNorm: got {channels} channels, expected a multiple of 4, above 128 of 32")
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def _filter2d(taps: Sequence[float]) -> Tensor:
+    """The filter f (1, 1, k, k) of the taps r (k,)."""
+    r = torch.tensor(taps, dtype=torch.float32)
+    # An odd filter cannot double a size; and of two taps only [1, 1] is symmetric (see _up, _down).
+    if r.ndim != 1 or len(r) == 0 or len(r) % 2 or not r.equal(r.flip(0)) or r.sum() <= 0:
+        raise ValueError(
+            f"resample_filter: got {list(taps)}, expected an even number of symmetric taps "
+            "with a positive sum, such as [1, 1] or [1, 3, 3, 1]"
+        )
+    return (r.outer(r) / r.sum().square())[None, None]
+
+
+def _up(x: Tensor, f: Tensor) -> Tensor:
+    k, channels = f.shape[-1], x.shape[1]
+    if k == 2:  # the box filter
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    weight = (4 * f).expand(channels, 1, k, k)
+    return F.conv_transpose2d(x, weight, stride=2, padding=(k - 1) // 2, groups=channels)
+
+
+def _down(x: Tensor, f: Tensor, padding: int) -> Tensor:
+    k, channels = f.shape[-1], x.shape[1]
+    if k == 2:  # the box filter, which never pads
+        return F.avg_pool2d(x, 2)
+    return F.conv2d(x, f.expand(channels, 1, k, k), stride=2, padding=padding, groups=channels)
+
+
+class Resample(nn.Module):
+    """Doubles or halves height and width without weights.
+
+    Args:
+        mode: "up" or "down".
+        resample_filter: Taps r, an even number and symmetric.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(self, mode: Resampling, resample_filter: Sequence[float] = (1, 1)) -> None:
+        super().__init__()
+        self.mode = mode
+        self.register_buffer("resample_filter", _filter2d(resample_filter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W) or (B, C, H/2, W/2)."""
+        f = self.resample_filter
+        return _up(x, f) if self.mode == "up" else _down(x, f, (f.shape[-1] - 1) // 2)
+
+    def extra_repr(self) -> str:
+        """The mode."""
+        return repr(self.mode)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution that keeps the size, with an optional resampling before it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Odd kernel size.
+        resample: "up", "down" or None.
+        resample_filter: Taps of the resampling filter.
+        fused: Resample (down only) after the convolution instead of before it, and pad once for
+            both, so that the filter sees no border of zeros between them.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        resample: Resampling | None = None,
+        resample_filter: Sequence[float] = (1, 1),
+        fused: bool = False,
+    ) -> None:
+        if fused and resample != "down":
+            raise ValueError(f"fused: got resample={resample!r}, expected 'down'")
+        pad_filter = (len(resample_filter) - 1) // 2
+        padding = kernel_size // 2 + (pad_filter if fused else 0)
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding)
+        self.resample = resample
+        self.fused = fused
+        if resample is not None:
+            self.register_buffer("resample_filter", _filter2d(resample_filter))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H', W'), H' one of H, 2H, H/2."""
+        if self.resample is None:
+            return super().forward(input)
+        f = self.resample_filter
+        if self.fused:
+            return _down(super().forward(input), f, padding=0)
+        if self.resample == "up":
+            return super().forward(_up(input, f))
+        return super().forward(_down(input, f, padding=(f.shape[-1] - 1) // 2))
+
+
+class UNetBlock(nn.Module):
+    """Residual block with an embedding, and optionally resampling and self-attention.
+
+    Starts as ``skip_scale`` times its skip: ``conv1`` and ``proj`` are zero.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        emb_channels: Channels of the embedding.
+        resample: "up", "down" or None, in the first convolution and in the skip.
+        attention: Whether self-attention follows.
+        channels_per_head: Channels of an attention head; None for a single head.
+        dropout: Dropout probability before the second convolution.
+        skip_scale: Factor s on the output of both residual sums.
+        eps: Epsilon of the group norms.
+        resample_filter: Taps of the resampling filter.
+        resample_proj: Whether a skip that resamples always has a 1x1 convolution, or only where
+            the channels change.
+        adaptive_scale: Whether the embedding scales and shifts (ADM) or is added (DDPM++).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        resample: Resampling | None = None,
+        attention: bool = False,
+        channels_per_head: int | None = 64,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[float] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.skip_scale = skip_scale
+        self.adaptive_scale = adaptive_scale
+
+        self.norm0 = group_norm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, resample, resample_filter)
+        self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = group_norm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+
+        if in_channels != out_channels or (resample is not None and resample_proj):
+            self.skip = Conv2d(in_channels, out_channels, 1, resample, resample_filter)
+        else:
+            self.skip = nn.Identity() if resample is None else Resample(resample, resample_filter)
+
+        self.num_heads = 0
+        if attention:
+            head = channels_per_head or out_channels
+            if out_channels % head:
+                raise ValueError(
+                    f"channels_per_head: got {head}, expected a divisor of {out_channels} channels"
+                )
+            self.num_heads = out_channels // head
+            self.norm2 = group_norm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = Conv2d(out_channels, out_channels, 1)
+        self.zero_residual()
+
+    def zero_residual(self) -> None:
+        """Zeroes the last convolution of both residual branches."""
+        zero_(self.conv1)
+        if self.num_heads:
+            zero_(self.proj)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Applies the block.
+
+        Args:
+            x: Features (B, in_channels, H, W).
+            emb: Embedding (B, emb_channels), or (1, emb_channels) for the whole batch.
+
+        Returns:
+            Features (B, out_channels, H', W'), H' one of H, 2H, H/2.
+        """
+        h = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm1(h), 1 + scale)
+        else:
+            h = self.norm1(h + params)
+        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+        x = self._merge(self.skip(x), h)
+        if self.num_heads:
+            h = self.proj(_self_attention(self.qkv(self.norm2(x)), self.num_heads))
+            x = self._merge(x, h)
+        return x
+
+    def _merge(self, x: Tensor, h: Tensor) -> Tensor:
+        x = x + h
+        return x if self.skip_scale == 1 else x * self.skip_scale
+
+
+def _self_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention among pixels, (B, 3C, H, W) with channels (heads, C / heads, 3) to (B, C, H, W).
+
+    PyTorch's fused kernels have no second derivative and no forward mode: for those, evaluate under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+    """
+    batch, channels, height, width = qkv.shape
+    # One copy here: the fused kernels want the channels of a head next to each other in memory.
+    qkv = qkv.reshape(batch, num_heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
+    q, k, v = qkv.unbind()
+    out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+    return out.transpose(2, 3).reshape(batch, channels // 3, height, width)
+
+
+def zero_(module: nn.Module) -> None:
+    """Zeroes all parameters of a module in place."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
+def check_images(x: Tensor, channels: int, multiple: int) -> None:
+    """Raises a ValueError unless x is (B, channels, H, W), H and W multiples of ``multiple``."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {channels}, H, W)")
+    if x.shape[2] % multiple or x.shape[3] % multiple:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected height and width multiples of {multiple}")
+
+
+def check_labels(name: str, labels: Tensor, batch: int, dim: int) -> None:
+    """Raises a ValueError unless labels are (batch, dim)."""
+    if labels.shape != (batch, dim):
+        shape = f"{tuple(labels.shape)} of {labels.dtype}"
+        raise ValueError(f"{name}: got shape {shape}, expected ({batch}, {dim})")

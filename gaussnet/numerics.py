@@ -1,0 +1,109 @@
+"""Dtypes, noise levels and precision: the conventions that every analytic layer shares.
+
+A noise level `sigma` is a float, a 0-d tensor, or one value per sample of the batch, everywhere.
+Analytic layers compute in at least float32: they switch autocast off and keep TF32 / bfloat16 out of
+their matrix products, since (x - mu) / sigma^2 at sigma = 0.002 leaves no digits to spare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Sigma = float | Tensor
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a denoiser returns for `x`: that of `x`, but at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def compute_dtype(x: Tensor, buffer: Tensor) -> torch.dtype:
+    """The dtype in which a layer that holds `buffer` computes on `x`: the wider one, at least float32."""
+    return torch.promote_types(result_dtype(x), buffer.dtype)
+
+
+def check_event(x: Tensor, event_shape: tuple[int, ...], owner: str) -> tuple[int, ...]:
+    """Checks that `x` is a batch of events and returns its batch shape.
+
+    Args:
+        x: floating tensor of shape (*batch, *event_shape).
+        event_shape: shape of one sample.
+        owner: name of the caller, for the message.
+
+    Raises:
+        TypeError: if `x` is not a floating tensor.
+        ValueError: if the trailing dimensions of `x` are not `event_shape`.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{owner}: expected x to be a floating-point tensor, got {got}")
+    split = x.ndim - len(event_shape)
+    if split < 0 or tuple(x.shape[split:]) != tuple(event_shape):
+        expected = ", ".join(["*batch", *map(str, event_shape)])
+        raise ValueError(f"{owner}: expected x of shape ({expected}), got {tuple(x.shape)}")
+    return tuple(x.shape[:split])
+
+
+def as_sigma(
+    sigma: Sigma, x: Tensor, batch_shape: tuple[int, ...], dtype: torch.dtype, *, zero_ok: bool = False
+) -> Tensor:
+    """Returns `sigma` as a tensor of shape () or `batch_shape`, on the device of `x`.
+
+    Values are checked wherever that costs no device synchronisation: for numbers and CPU tensors,
+    outside of `torch.compile` and of `torch.func` transforms.
+
+    Raises:
+        ValueError: if the shape is neither () nor `batch_shape`, or a value is not finite or not
+            positive (not negative, with `zero_ok`).
+    """
+    if not isinstance(sigma, Tensor):
+        _check_value(float(sigma), zero_ok)
+        return torch.tensor(sigma, dtype=dtype, device=x.device)
+    if sigma.shape not in ((), tuple(batch_shape)):
+        raise ValueError(
+            f"expected sigma to be a number, a 0-d tensor or of shape {tuple(batch_shape)} "
+            f"(one per sample), got shape {tuple(sigma.shape)}"
+        )
+    if sigma.device.type == "cpu" and sigma.numel() and not torch.compiler.is_compiling():
+        for value in _readable_extremes(sigma):
+            _check_value(value, zero_ok)
+    return sigma.to(device=x.device, dtype=dtype)
+
+
+def _readable_extremes(sigma: Tensor) -> list[float]:
+    try:
+        return [float(value) for value in sigma.detach().aminmax()]
+    except RuntimeError:  # inside torch.func.vmap, numbers cannot be read
+        return []
+
+
+def _check_value(sigma: float, zero_ok: bool) -> None:
+    if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not zero_ok):
+        raise ValueError(f"expected sigma to be finite and {'>= 0' if zero_ok else '> 0'}, got {sigma}")
+
+
+def expand_as_event(values: Tensor, event_ndim: int) -> Tensor:
+    """Appends `event_ndim` axes to per-sample values, so that they broadcast against a batch."""
+    return values.reshape(*values.shape, *(1,) * event_ndim)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """No autocast and no reduced-precision float32 matrix products inside the block."""
+    with torch.autocast(device_type, enabled=False):
+        # The setting is global and read when a kernel is launched; a compiled graph reads it when it
+        # is built, where it cannot be changed for a part of the graph.
+        if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
