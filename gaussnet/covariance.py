@@ -89,7 +89,9 @@ class Covariance(nn.Module):
     @overload
     def apply(self, f: Callable[[nn.Module], None]) -> Self: ...
 
-    def apply(self, f: Callable[..., Any], u: Tensor | None = None) -> Tensor | Self:
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, f: Callable[..., Any], u: Tensor | None = None
+    ) -> Tensor | Self:
         """f(Sigma) u, computed in the dtype of `u`.
 
         (Without `u` this is `nn.Module.apply`, which a parent module calls on all of its children.)

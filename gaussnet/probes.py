@@ -1,6 +1,6 @@
 """Comparing denoisers: how much of what one does is explained by another.
 
-    unexplained(a, b) = ||a - b||^2 / ||a||^2                                      (Eq. 28 of arXiv 2412.09726)
+    unexplained(a, b) = ||a - b||^2 / ||a||^2                                    (Eq. 28 of arXiv 2412.09726)
 
 per query, uncentred, for scores (the paper's) or for denoised images. While a network trains, its distance
 to simple scores falls and rises again: it learns the Gaussian first, and then leaves it (Fig. 12 there).
