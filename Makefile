@@ -1,0 +1,39 @@
+# make demo   sets up, then fits, trains, probes and samples on scikit-learn's digits
+# make test   sets up, then runs the tests (make test-slow: those marked slow)
+# make check  lint, format and types
+
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process 2
+
+.PHONY: setup demo test test-slow check format clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+demo: setup
+	$(LAUNCH) -m train configs/digits.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The training application: `accelerate launch -m train configs/NAME.yaml [key=value ...]`."""
