@@ -104,7 +104,8 @@ class BypassPrecond(Denoiser):
         scale = self.c_out(level)
         if self.gate is not None:
             scale = scale * self.gate(level).to(dtype)
-        return self._blend(x, level, gaussian) + expand_as_event(scale, len(self.event_shape)) * output
+        residual = expand_as_event(scale, len(self.event_shape)) * output
+        return (self._blend(x, level, gaussian) + residual).to(dtype)
 
     def base(self, x: Tensor, sigma: Sigma) -> Tensor:
         """What the model is without its network: D_gauss, blended with D_iso if `blend`."""

@@ -81,7 +81,7 @@ class DeltaDenoiser(Denoiser):
         """Online softmax over the data: the denoised (*batch, D) and the log of the summed weights."""
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
         variance = as_sigma(sigma, x, batch_shape, torch.float64)[..., None] ** 2
-        flat = x.double().reshape(*batch_shape, -1)
+        flat = x.double().reshape(*batch_shape, self.event_shape.numel())
         # Distances about a common centre: the expansion then loses no digits to a large mean.
         centre = self.data[0].double().flatten()
         query = flat - centre

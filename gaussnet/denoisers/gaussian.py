@@ -121,7 +121,8 @@ class GaussianDenoiser(Denoiser):
         Returns:
             The state at `sigma_to`, of the shape of `x`.
         """
-        u, start = self._centre(x, sigma_from)
+        # In float64: upwards, sigma_to / sigma_from amplifies the rounding of U^T u where lam is small.
+        u, start = self._centre(x, sigma_from, torch.float64)
         batch_shape = tuple(u.shape[:-1])
         end = as_sigma(sigma_to, x, batch_shape, u.dtype, zero_ok=True)[..., None]
         return self._restore(x, self._spectral(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u))

@@ -180,7 +180,7 @@ class GaussianMixtureDenoiser(Denoiser):
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
         dtype = torch.promote_types(compute_dtype(x, self.means), torch.float64)
         level = as_sigma(sigma, x, batch_shape, dtype)[..., None]
-        return x.to(dtype).reshape(*batch_shape, -1), level
+        return x.to(dtype).reshape(*batch_shape, self.event_shape.numel()), level
 
     def _logits(
         self, flat: Tensor, level: Tensor, class_labels: Tensor | None
@@ -218,7 +218,8 @@ class GaussianMixtureDenoiser(Denoiser):
     def _combine(self, f: SpectralFunction, weights: Tensor, z: Tensor, flat: Tensor) -> Tensor:
         """sum_k w_k f(Sigma_k) (x - mu_k); `f` takes the variances as (K, r) and (K, 1)."""
         dtype = flat.dtype
-        f_tail = f(self.tails.to(dtype)[:, None])  # (*batch or 1, K, 1)
+        # (*batch or 1, K, 1); a full basis leaves nothing out, where f(tail) would only magnify its rounding
+        f_tail = f(self.tails.to(dtype)[:, None]) * (self.ranks < self.eigvecs.shape[1])[:, None]
         inside = weights[..., None] * (f(self.eigvals.to(dtype)) - f_tail) * z
         outside = weights * f_tail[..., 0]
         with full_precision(flat.device.type):

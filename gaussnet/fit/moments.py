@@ -57,7 +57,7 @@ class Moments:
             + other.scatter
             + torch.outer(delta, delta) * (self.count * other.count / count),
             event_shape=self.event_shape,
-            dtype=self.dtype,
+            dtype=torch.promote_types(self.dtype, other.dtype),
         )
 
 

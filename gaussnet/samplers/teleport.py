@@ -38,8 +38,12 @@ def teleport(
         ValueError: if not exactly one of skip and sigma_skip is given, or it lies outside of the grid.
 
     Example:
-        >>> x, sigmas = teleport(gaussian, x, karras_sigmas(18), skip=5)  # doctest: +SKIP
-        >>> images = heun(model, x, sigmas)                               # doctest: +SKIP
+        >>> from gaussnet import heun, karras_sigmas
+        >>> gaussian = model = GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), var=1.0)
+        >>> x, sigmas = teleport(gaussian, torch.full((1, 1, 2, 2), 80.0), karras_sigmas(18), skip=5)
+        >>> [round(sigma, 1) for sigma in sigmas.tolist()[:3]]  # 13 of the 18 steps are left
+        [12.9, 8.4, 5.3]
+        >>> images = heun(model, x, sigmas)
     """
     levels = check_sigmas(sigmas)
     if (skip is None) == (sigma_skip is None):

@@ -1,0 +1,227 @@
+"""The Gaussian mixture against sums over its dense components."""
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    COVARIANCES,
+    DTYPES,
+    SIGMAS,
+    covariance,
+    denoiser,
+    gaussian,
+    mixture,
+    noised,
+    normal_logpdf,
+    orthogonal,
+    randn,
+    relative_error,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import logsumexp
+from torch import Tensor
+
+from gaussnet import Covariance, GaussianDenoiser, GaussianMixtureDenoiser
+
+sigmas = pytest.mark.parametrize("sigma", SIGMAS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@cache
+def parts() -> list[GaussianDenoiser]:
+    """The components of `cases.mixture` as denoisers of their own."""
+    covariances = [covariance(name, seed=k) for k, name in enumerate(COVARIANCES)]
+    return [GaussianDenoiser(mean, cov) for mean, cov in zip(mixture().means, covariances, strict=True)]
+
+
+def queries(sigma: float, count: int = 12) -> Tensor:
+    """Noised component means: every component is met."""
+    m = mixture()
+    means = m.means[torch.arange(count) % m.n_components]
+    return means + (0.5 + sigma) * randn(*means.shape, seed=5)
+
+
+def dense_log_joint(m: GaussianMixtureDenoiser, x: Tensor, sigma: float) -> Tensor:
+    """Log pi_k + log N(x; mu_k, Sigma_k + s^2 I), (B, K), by scipy."""
+    rows: list[Tensor] = []
+    for weight, part in zip(m.weights, parts(), strict=True):
+        cov = part.covariance.dense() + sigma**2 * torch.eye(6, dtype=torch.float64)
+        rows.append(weight.log() + normal_logpdf(x, part.mean, cov))
+    return torch.stack(rows, 1)
+
+
+@sigmas
+def test_log_prob_and_responsibilities_are_those_of_scipy(sigma: float) -> None:
+    m, x = mixture(), queries(sigma)
+    joint = dense_log_joint(m, x, sigma)
+    expected = torch.from_numpy(logsumexp(joint.numpy(), axis=1))
+    torch.testing.assert_close(m.log_prob(x, sigma), expected, rtol=1e-8, atol=1e-8)
+    weights = m.responsibilities(x, sigma)
+    assert weights.shape == (12, 4)
+    torch.testing.assert_close(weights, joint.softmax(1), rtol=1e-6, atol=1e-8)
+    assert (weights.argmax(1).unique().numel() > 1) or sigma > 1, "all queries in one component"
+
+
+@sigmas
+def test_denoiser_and_score_average_those_of_the_components(sigma: float) -> None:
+    m, x = mixture(), queries(sigma)
+    weights = dense_log_joint(m, x, sigma).softmax(1)[..., None, None, None]
+    denoised = torch.stack([part(x, sigma) for part in parts()], 1)
+    scores = torch.stack([part.score(x, sigma) for part in parts()], 1)
+    assert relative_error(m(x, sigma), (weights * denoised).sum(1)) < 1e-8  # Eq. 7
+    assert relative_error(m.score(x, sigma), (weights * scores).sum(1)) < 1e-7  # Eq. 35
+
+
+@sigmas
+def test_score_is_the_gradient_of_log_prob(sigma: float) -> None:
+    m, x = mixture(), queries(sigma).requires_grad_()
+    (gradient,) = torch.autograd.grad(m.log_prob(x, sigma).sum(), x)
+    assert relative_error(m.score(x, sigma), gradient) < 1e-10
+
+
+@sigmas
+@pytest.mark.parametrize("name", ["mixture-kmeans", "mixture-classes", "mixture-unequal-ranks"])
+def test_score_is_the_gradient_of_log_prob_with_float32_buffers(name: str, sigma: float) -> None:
+    # The stored eigenvectors are orthonormal to 1e-7 only: both must be the same function of them.
+    m, x = denoiser(name, torch.float32), noised(sigma).requires_grad_()
+    (gradient,) = torch.autograd.grad(m.log_prob(x, sigma).sum(), x)
+    assert relative_error(m.score(x, sigma), gradient) < 1e-10
+
+
+@sigmas
+@dtypes
+@pytest.mark.parametrize("kind", ["full", "low-rank", "isotropic"])
+def test_one_component_is_the_gaussian(kind: str, sigma: float, dtype: torch.dtype) -> None:
+    # Also with float32 buffers, where D - x at low noise would show the rounding of the eigenvectors.
+    dim = 64
+    mean, q = randn(1, 8, 8, dtype=dtype), orthogonal(dim)
+    rank, tail = {"full": (dim, 0.0), "low-rank": (9, 0.02), "isotropic": (0, 0.5)}[kind]
+    eigvals = torch.logspace(1, -2, rank, dtype=torch.float64)
+    cov = Covariance(q[:, :rank], eigvals, tail).to(dtype)
+    one = GaussianMixtureDenoiser(torch.ones(1, dtype=dtype), mean[None], [cov])
+    g, x = GaussianDenoiser(mean, cov), (mean + (1 + sigma) * randn(9, 1, 8, 8, seed=1)).to(dtype)
+    bound = 1e-11 if dtype == torch.float64 else 1e-6
+    assert relative_error(one(x, sigma), g(x, sigma)) < bound
+    assert relative_error(one.score(x, sigma), g.score(x, sigma)) < bound
+    torch.testing.assert_close(one.log_prob(x, sigma), g.log_prob(x, sigma), rtol=bound, atol=0)
+
+
+def test_unequal_ranks_are_padded_without_effect() -> None:
+    # A component alone equals the same component beside one of higher rank that is far away.
+    low, full = covariance("low-rank"), covariance("full", seed=1)
+    means = torch.stack([torch.zeros(6), torch.full((6,), 1e3)]).double()
+    pair = GaussianMixtureDenoiser(torch.ones(2, dtype=torch.float64), means, [low, full])
+    alone = GaussianDenoiser(means[0], low)
+    x = randn(5, 6)
+    assert pair.ranks.tolist() == [3, 6]
+    for sigma in SIGMAS[:-1]:
+        assert relative_error(pair(x, sigma), alone(x, sigma)) < 1e-9, sigma
+        assert relative_error(pair.score(x, sigma), alone.score(x, sigma)) < 1e-9, sigma
+        expected = alone.log_prob(x, sigma) - math.log(2)
+        torch.testing.assert_close(pair.log_prob(x, sigma), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.5])
+def test_a_large_common_mean_costs_no_digits(sigma: float) -> None:
+    m, x = mixture(), queries(sigma)
+    shifted = GaussianMixtureDenoiser(m.weights, m.means + 1e5, [part.covariance for part in parts()])
+    moved = x + 1e5
+    assert relative_error(shifted(moved, sigma) - 1e5, m(moved - 1e5, sigma)) < 1e-9
+    assert relative_error(shifted.score(moved, sigma), m.score(moved - 1e5, sigma)) < 1e-6
+
+
+def test_far_queries_at_low_noise_are_finite() -> None:
+    m = denoiser("mixture-unequal-ranks", torch.float32)
+    for distance in (1e2, 1e4, 1e6):
+        x = distance * randn(4, 1, 8, 8, dtype=torch.float32)
+        for out in (m(x, 0.002), m.score(x, 0.002), m.log_prob(x, 0.002), m.responsibilities(x, 0.002)):
+            assert out.isfinite().all(), distance
+        torch.testing.assert_close(m.responsibilities(x, 0.002).sum(1), torch.ones(4))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(order=st.permutations(range(4)), sigma=st.sampled_from(SIGMAS))
+def test_the_order_of_components_is_immaterial(order: list[int], sigma: float) -> None:
+    m, x = mixture(), queries(sigma)
+    covariances = [parts()[k].covariance for k in order]
+    permuted = GaussianMixtureDenoiser(m.weights[order], m.means[order], covariances)
+    assert relative_error(permuted(x, sigma), m(x, sigma)) < 1e-10
+    assert relative_error(permuted.score(x, sigma), m.score(x, sigma)) < 1e-10
+    torch.testing.assert_close(permuted.log_prob(x, sigma), m.log_prob(x, sigma), rtol=1e-10, atol=1e-10)
+    expected = m.responsibilities(x, sigma)[:, order]
+    torch.testing.assert_close(permuted.responsibilities(x, sigma), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_splitting_a_component_changes_nothing() -> None:
+    m, x = mixture(), queries(0.5)
+    twice = [0, 1, 2, 3, 1]
+    weights = m.weights[twice] * torch.tensor([1, 0.25, 1, 1, 0.75], dtype=torch.float64)
+    split = GaussianMixtureDenoiser(weights, m.means[twice], [parts()[k].covariance for k in twice])
+    assert relative_error(split(x, 0.5), m(x, 0.5)) < 1e-12
+    torch.testing.assert_close(split.log_prob(x, 0.5), m.log_prob(x, 0.5))
+
+
+def test_weights_are_normalised() -> None:
+    g = gaussian()
+    m = GaussianMixtureDenoiser(torch.tensor([3.0, 1.0]), torch.zeros(2, 1, 2, 3), [g.covariance] * 2)
+    assert m.weights.tolist() == [0.75, 0.25]
+    assert m.n_components == 2
+
+
+# Classes ------------------------------------------------------------------------------------------
+
+
+def labelled(dtype: torch.dtype = torch.float64) -> GaussianMixtureDenoiser:
+    """Components 0, 2 are class 3; components 1, 3 are class 7."""
+    classes = torch.tensor([3, 7, 3, 7])
+    m = mixture()
+    parts_ = [part.covariance for part in parts()]
+    return GaussianMixtureDenoiser(m.weights, m.means, parts_, class_labels=classes).to(dtype)
+
+
+@pytest.mark.parametrize(("label", "members"), [(3, [0, 2]), (7, [1, 3])])
+def test_class_labels_restrict_the_components(label: int, members: list[int]) -> None:
+    m, x = labelled(), queries(0.5)
+    alone = GaussianMixtureDenoiser(
+        m.weights[members], m.means[members], [parts()[k].covariance for k in members]
+    )
+    classes = torch.full((len(x),), label)
+    assert relative_error(m(x, 0.5, classes), alone(x, 0.5)) < 1e-11
+    assert relative_error(m.score(x, 0.5, classes), alone.score(x, 0.5)) < 1e-11
+    torch.testing.assert_close(m.log_prob(x, 0.5, classes), alone.log_prob(x, 0.5))
+    others = [k for k in range(4) if k not in members]
+    assert m.responsibilities(x, 0.5, classes)[:, others].count_nonzero() == 0
+    assert relative_error(m(x, 0.5, classes), m(x, 0.5)) > 1e-3
+
+
+def test_classes_add_up_to_the_whole() -> None:
+    # p(x) = sum_c p(c) p(x | c)
+    m, x = labelled(), queries(0.5)
+    log_probs = [m.log_prob(x, 0.5, torch.full((len(x),), label)) for label in (3, 7)]
+    priors = [m.weights[[0, 2]].sum().log(), m.weights[[1, 3]].sum().log()]
+    joint = torch.stack([p + log_prob for p, log_prob in zip(priors, log_probs, strict=True)])
+    torch.testing.assert_close(joint.logsumexp(0), m.log_prob(x, 0.5), rtol=1e-11, atol=1e-11)
+
+
+COVARIANCE = Covariance(torch.eye(6), torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "dim", "labels", "message"),
+    [
+        (torch.ones(3), 2, 6, None, r"2 weights and covariances, one for each mean, got \(3,\) and 2"),
+        (torch.ones(2), 1, 6, None, r"got \(2,\) and 1"),
+        (torch.ones(2), 2, 5, None, r"covariances of 5 dimensions, as the means have, got \[6\]"),
+        (torch.tensor([1.0, 0.0]), 2, 6, None, r"finite weights > 0, got \[1.0, 0.0\]"),
+        (torch.tensor([1.0, -1.0]), 2, 6, None, "finite weights > 0"),
+        (torch.tensor([1.0, math.nan]), 2, 6, None, "finite weights > 0"),
+        (torch.ones(2), 2, 6, torch.zeros(3).long(), r"2 class labels, got shape \(3,\)"),
+    ],
+)
+def test_impossible_arguments(weights: Tensor, count: int, dim: int, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GaussianMixtureDenoiser(weights, torch.zeros(2, dim), [COVARIANCE] * count, labels)
