@@ -27,6 +27,11 @@ def compute_dtype(x: Tensor, buffer: Tensor) -> torch.dtype:
     return torch.promote_types(result_dtype(x), buffer.dtype)
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, for what float32 cannot resolve; float32 on the one backend (MPS) that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def check_event(x: Tensor, event_shape: tuple[int, ...], owner: str) -> tuple[int, ...]:
     """Checks that `x` is a batch of events and returns its batch shape.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers.base import Denoiser, class_index
-from gaussnet.numerics import Sigma, as_sigma, check_event, full_precision, result_dtype
+from gaussnet.numerics import Sigma, as_sigma, check_event, full_precision, result_dtype, wide_dtype
 
 
 class DeltaDenoiser(Denoiser):
@@ -64,14 +64,14 @@ class DeltaDenoiser(Denoiser):
 
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         denoised, _ = self._attend(x, sigma, class_labels)
-        level = as_sigma(sigma, x, tuple(denoised.shape[:-1]), torch.float64)[..., None]
-        score = (denoised - x.double().reshape(denoised.shape)) / level**2  # Eq. 10
+        level = as_sigma(sigma, x, tuple(denoised.shape[:-1]), denoised.dtype)[..., None]
+        score = (denoised - x.to(denoised.dtype).reshape(denoised.shape)) / level**2  # Eq. 10
         return score.reshape(x.shape).to(result_dtype(x))
 
     def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """Log p(x; sigma) of the noised data set (Eq. 9); shape (*batch,)."""
         _, log_sum = self._attend(x, sigma, class_labels)
-        level = as_sigma(sigma, x, tuple(log_sum.shape), torch.float64)
+        level = as_sigma(sigma, x, tuple(log_sum.shape), log_sum.dtype)
         count = self._count(class_labels, tuple(log_sum.shape))
         log_norm = 0.5 * self.event_shape.numel() * torch.log(2 * math.pi * level**2)
         log_prob = log_sum - torch.log(count) - log_norm
@@ -80,19 +80,20 @@ class DeltaDenoiser(Denoiser):
     def _attend(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Online softmax over the data: the denoised (*batch, D) and the log of the summed weights."""
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
-        variance = as_sigma(sigma, x, batch_shape, torch.float64)[..., None] ** 2
-        flat = x.double().reshape(*batch_shape, self.event_shape.numel())
+        dtype = wide_dtype(x.device)
+        variance = as_sigma(sigma, x, batch_shape, dtype)[..., None] ** 2
+        flat = x.to(dtype).reshape(*batch_shape, self.event_shape.numel())
         # Distances about a common centre: the expansion then loses no digits to a large mean.
-        centre = self.data[0].double().flatten()
+        centre = self.data[0].to(dtype).flatten()
         query = flat - centre
         labels = None
         if class_labels is not None and self.data_labels is not None:
             labels = class_index(class_labels, batch_shape, self.data_labels)
-        running_max = torch.full(batch_shape, -math.inf, dtype=torch.float64, device=x.device)
+        running_max = torch.full(batch_shape, -math.inf, dtype=dtype, device=x.device)
         total = torch.zeros_like(running_max)
         weighted = torch.zeros_like(query)
         for start in range(0, len(self.data), self.chunk_size):
-            keys = self.data[start : start + self.chunk_size].double().flatten(1) - centre
+            keys = self.data[start : start + self.chunk_size].to(dtype).flatten(1) - centre
             with full_precision(x.device.type):
                 distance2 = (query**2).sum(-1, keepdim=True) - 2 * query @ keys.mT + (keys**2).sum(-1)
                 logits = -distance2.clamp_min(0) / (2 * variance)  # (*batch, chunk), Eq. 39
@@ -112,9 +113,9 @@ class DeltaDenoiser(Denoiser):
     def _count(self, class_labels: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor:
         """Number of data points that each query sees."""
         if class_labels is None or self.data_labels is None:
-            return torch.tensor(float(len(self.data)), dtype=torch.float64, device=self.data.device)
+            return self.data.new_tensor(len(self.data), dtype=wide_dtype(self.data.device))
         labels = class_index(class_labels, batch_shape, self.data_labels)
-        return (self.data_labels == labels[..., None]).sum(-1).double()
+        return (self.data_labels == labels[..., None]).sum(-1).to(wide_dtype(self.data.device))
 
     def to_arguments(self) -> dict[str, Any]:
         return {

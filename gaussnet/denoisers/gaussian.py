@@ -29,6 +29,7 @@ from gaussnet.numerics import (
     compute_dtype,
     full_precision,
     result_dtype,
+    wide_dtype,
 )
 
 
@@ -97,16 +98,16 @@ class GaussianDenoiser(Denoiser):
         return self._restore(x, self._spectral(lambda lam: lam / (lam + level**2), u))  # Eq. 12, 13
 
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
-        # In float64: where sigma^2 is small, 1/(lam + sigma^2) turns the rounding of U^T u into an error.
-        u, level = self._centre(x, sigma, torch.float64)
+        # Wide: where sigma^2 is small, 1/(lam + sigma^2) turns the rounding of U^T u into an error.
+        u, level = self._centre(x, sigma, wide_dtype(x.device))
         score = self._spectral(lambda lam: -1 / (lam + level**2), u)  # Eq. 5
         return score.reshape(x.shape).to(result_dtype(x))
 
     def log_prob(self, x: Tensor, sigma: Sigma) -> Tensor:
         """Log p(x; sigma) of N(mu, Sigma + sigma^2 I); shape (*batch,)."""
-        u, level = self._centre(x, sigma, torch.float64)
+        u, level = self._centre(x, sigma, wide_dtype(x.device))
         mahalanobis = (u * self._spectral(lambda lam: 1 / (lam + level**2), u)).sum(-1)
-        logdet = self.covariance.trace(lambda lam: torch.log(lam + level**2), torch.float64)
+        logdet = self.covariance.trace(lambda lam: torch.log(lam + level**2), u.dtype)
         dim = self.covariance.dim
         return (-0.5 * (mahalanobis + logdet + dim * math.log(2 * math.pi))).to(result_dtype(x))
 
@@ -121,8 +122,8 @@ class GaussianDenoiser(Denoiser):
         Returns:
             The state at `sigma_to`, of the shape of `x`.
         """
-        # In float64: upwards, sigma_to / sigma_from amplifies the rounding of U^T u where lam is small.
-        u, start = self._centre(x, sigma_from, torch.float64)
+        # Wide: upwards, sigma_to / sigma_from amplifies the rounding of U^T u where lam is small.
+        u, start = self._centre(x, sigma_from, wide_dtype(x.device))
         batch_shape = tuple(u.shape[:-1])
         end = as_sigma(sigma_to, x, batch_shape, u.dtype, zero_ok=True)[..., None]
         return self._restore(x, self._spectral(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u))

@@ -24,7 +24,15 @@ from torch import Tensor
 from gaussnet.covariance import Covariance, SpectralFunction
 from gaussnet.denoisers.base import Denoiser, class_index
 from gaussnet.fit import fit_covariance, kmeans_labels
-from gaussnet.numerics import Sigma, as_sigma, check_event, compute_dtype, full_precision, result_dtype
+from gaussnet.numerics import (
+    Sigma,
+    as_sigma,
+    check_event,
+    compute_dtype,
+    full_precision,
+    result_dtype,
+    wide_dtype,
+)
 
 
 class GaussianMixtureDenoiser(Denoiser):
@@ -176,9 +184,9 @@ class GaussianMixtureDenoiser(Denoiser):
         return log_prob.to(result_dtype(x))
 
     def _flatten(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor]:
-        """X as (*batch, D), sigma as (*batch, 1) or (1,), both in float64: logits reach 1e6 at low noise."""
+        """The flat x (*batch, D) and sigma (*batch, 1) or (1,); wide, since logits reach 1e6 at low noise."""
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
-        dtype = torch.promote_types(compute_dtype(x, self.means), torch.float64)
+        dtype = torch.promote_types(compute_dtype(x, self.means), wide_dtype(x.device))
         level = as_sigma(sigma, x, batch_shape, dtype)[..., None]
         return x.to(dtype).reshape(*batch_shape, self.event_shape.numel()), level
 
