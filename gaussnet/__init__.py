@@ -9,7 +9,16 @@ Reference: Wang and Vastola, arXiv 2412.09726.
 """
 
 from gaussnet.covariance import Covariance
-from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers import (
+    DeltaDenoiser,
+    Denoiser,
+    FarFieldDenoiser,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    GuidedDenoiser,
+    PosteriorCovariance,
+)
+from gaussnet.flow import GaussianFlow
 from gaussnet.gate import Gate
 from gaussnet.hub import from_pretrained
 from gaussnet.networks import SongUNet
@@ -24,9 +33,13 @@ __all__ = [
     "DeltaDenoiser",
     "Denoiser",
     "EDMPrecond",
+    "FarFieldDenoiser",
     "Gate",
     "GaussianDenoiser",
+    "GaussianFlow",
     "GaussianMixtureDenoiser",
+    "GuidedDenoiser",
+    "PosteriorCovariance",
     "ScoreProbe",
     "SongUNet",
     "__version__",

@@ -18,6 +18,7 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    GuidedDenoiser,
     SongUNet,
 )
 
@@ -37,7 +38,7 @@ ANALYTIC = (
     "delta-classes",
 )
 NETWORKS = ("edm", "bypass")
-DENOISERS = ANALYTIC + NETWORKS
+DENOISERS = (*ANALYTIC, "guided", *NETWORKS)
 LABELLED = ("mixture-classes", "delta-classes")
 
 
@@ -156,6 +157,9 @@ def _denoiser(name: str, dtype: torch.dtype) -> Denoiser:
             return DeltaDenoiser(data[:300], chunk_size=128)
         case "delta-classes":
             return DeltaDenoiser(data[:300], labels[:300])
+        case "guided":
+            mixture = GaussianMixtureDenoiser.fit(data, n_components=5, rank=8)
+            return GuidedDenoiser(mixture, GaussianDenoiser.fit(data, rank=10), w=1.5)
         case "edm":
             return EDMPrecond(tiny_unet()).to(dtype)
         case "bypass":

@@ -11,15 +11,15 @@ from gaussnet.networks.blocks import Resampling
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_resampling_is_the_depthwise_filter(taps: tuple[int, ...]) -> None:
-    x = torch.randn(2, 3, 8, 12)
-    r = torch.tensor(taps, dtype=torch.float32)
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    r = torch.tensor(taps, dtype=torch.float64)
     f = (r.outer(r) / r.sum() ** 2).expand(3, 1, -1, -1)
     pad = (len(r) - 1) // 2
-    up, down = Resample("up", taps), Resample("down", taps)
+    up, down = Resample("up", taps).double(), Resample("down", taps).double()
     torch.testing.assert_close(up(x), F.conv_transpose2d(x, 4 * f, None, 2, pad, 0, 3))
     torch.testing.assert_close(down(x), F.conv2d(x, f, None, 2, pad, 1, 3))
     # up = 4 down^T
-    y = torch.randn(2, 3, 16, 24)
+    y = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     torch.testing.assert_close((up(x) * y).sum(), 4 * (x * down(y)).sum())
 
 

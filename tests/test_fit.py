@@ -11,6 +11,7 @@ import torch
 from cases import digits, orthogonal, randn, split, train_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser
@@ -200,6 +201,25 @@ def test_cross_validation_predicts_the_error_on_new_data(count: int) -> None:
         bound = 1.0 if sigma <= 0.1 else 1.005  # at higher noise, overfitted eigenvalues cost nothing
         assert held_out["cv"] < bound * held_out["none"], f"{count=} {sigma=}: {held_out}"
         assert off["cv"] < min(0.1, 0.5 * off["none"]), f"{count=} {sigma=}: {off}"
+
+
+@pytest.mark.parametrize("count", [20, 31, 200])
+def test_cross_validated_eigenvalues_are_left_out_variances(count: int) -> None:
+    # Of each third of the data, about the mean and along the eigenvectors of the other two.
+    data = randn(count, 12) / torch.arange(1, 13) + 5.0
+    variances, total = torch.zeros(12, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    rank = min(12, count - math.ceil(count / 3) - 1)
+    for k in range(3):
+        rest = torch.cat([data[j::3] for j in range(3) if j != k])
+        eigvecs = torch.linalg.eigh(torch.cov(rest.T))[1].flip(1)
+        left_out = data[k::3] - rest.mean(0)
+        variances += (left_out @ eigvecs).square().sum(0) / count
+        total += left_out.square().sum() / count
+    cov = fit_covariance(data)[2]
+    assert cov.rank == rank
+    expected = isotonic_regression(variances[:rank].numpy(), increasing=False)
+    torch.testing.assert_close(cov.eigvals, torch.from_numpy(expected.copy()), rtol=1e-9, atol=0)
+    torch.testing.assert_close(cov.trace(lambda lam: lam), total, rtol=1e-9, atol=0)
 
 
 def test_cross_validation_hardly_moves_well_determined_eigenvalues() -> None:

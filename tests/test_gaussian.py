@@ -234,14 +234,20 @@ def test_float32_flow_equals_float64(name: str, start: float, end: float) -> Non
 
 
 @pytest.mark.parametrize("shrinkage", ["cv", "none"])
-def test_float32_flow_upwards_with_dense_eigenvectors(shrinkage: str) -> None:
+@pytest.mark.parametrize("rank", [None, 50])
+def test_float32_with_dense_eigenvectors(shrinkage: str, rank: int | None) -> None:
     # Many pixels of the digits never vary, which hides rounding: rotate them.
     q = orthogonal(64)
     data = (train_digits().flatten(1) @ q).float()
-    single = GaussianDenoiser.fit(data, shrinkage=shrinkage)
+    single = GaussianDenoiser.fit(data, rank, shrinkage)
     double = copy.deepcopy(single).double()
     x = (noised(0.002).flatten(1) @ q).float()
+    assert relative_error(single(x, 0.002), double(x.double(), 0.002)) < 1e-6
+    assert relative_error(single.score(x, 0.002), double.score(x.double(), 0.002)) < 1e-6
     assert relative_error(single.flow(x, 0.002, 80.0), double.flow(x.double(), 0.002, 80.0)) < 1e-6
+    assert relative_error(single.log_prob(x, 0.002), double.log_prob(x.double(), 0.002)) < 1e-6
+    gradient = torch.func.grad(lambda x: single.log_prob(x, 0.002).sum())(x)
+    assert relative_error(gradient, double.score(x.double(), 0.002)) < 1e-6
 
 
 @dtypes

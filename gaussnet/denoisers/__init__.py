@@ -2,7 +2,18 @@
 
 from gaussnet.denoisers.base import Denoiser
 from gaussnet.denoisers.delta import DeltaDenoiser
+from gaussnet.denoisers.far_field import FarFieldDenoiser
 from gaussnet.denoisers.gaussian import GaussianDenoiser
+from gaussnet.denoisers.guided import GuidedDenoiser
 from gaussnet.denoisers.mixture import GaussianMixtureDenoiser
+from gaussnet.denoisers.posterior import PosteriorCovariance
 
-__all__ = ["DeltaDenoiser", "Denoiser", "GaussianDenoiser", "GaussianMixtureDenoiser"]
+__all__ = [
+    "DeltaDenoiser",
+    "Denoiser",
+    "FarFieldDenoiser",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "GuidedDenoiser",
+    "PosteriorCovariance",
+]

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from gaussnet.denoisers.posterior import PosteriorCovariance
 from gaussnet.hub import Pretrained
 from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, result_dtype
 
@@ -54,6 +55,12 @@ class Denoiser(Pretrained, ABC):
         dtype = result_dtype(x)
         level = expand_as_event(as_sigma(sigma, x, batch_shape, dtype), len(self.event_shape))
         return (self(x, sigma, class_labels) - x.to(dtype)) / level**2  # Eq. 4
+
+    def posterior_cov(
+        self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None
+    ) -> PosteriorCovariance:
+        """The covariance of the clean image given `x`, as an operator with apply, diagonal and trace."""
+        return PosteriorCovariance(self, x, sigma, class_labels)
 
 
 def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ The last is its mean squared error per dimension on any data with these two mome
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -94,14 +94,36 @@ class GaussianDenoiser(Denoiser):
         return self.mean.shape
 
     def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
-        u, level = self._centre(x, sigma)
-        return self._restore(x, self._spectral(lambda lam: lam / (lam + level**2), u))  # Eq. 12, 13
+        shrunk = self.filter(lambda lam, level: lam / (lam + level**2), x, sigma)  # Eq. 12, 13
+        return (self.mean + shrunk).to(result_dtype(x))
 
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         # Wide: where sigma^2 is small, 1/(lam + sigma^2) turns the rounding of U^T u into an error.
-        u, level = self._centre(x, sigma, wide_dtype(x.device))
-        score = self._spectral(lambda lam: -1 / (lam + level**2), u)  # Eq. 5
-        return score.reshape(x.shape).to(result_dtype(x))
+        wide = wide_dtype(x.device)
+        return self.filter(lambda lam, level: -1 / (lam + level**2), x, sigma, wide).to(
+            result_dtype(x)
+        )  # Eq. 5
+
+    def filter(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        sigma: Sigma,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """f(Sigma, sigma) (x - mu): what every formula of this class is, for some f.
+
+        Args:
+            f: element-wise function of eigenvalues (r,) or (1,) and the level (*batch, 1) or (1,).
+            x: noisy samples, (*batch, *event_shape).
+            sigma: noise level.
+            dtype: to compute in, at least; default: that of `x` and the buffers, at least float32.
+
+        Returns:
+            Tensor of the shape of `x`, in the dtype of the computation.
+        """
+        u, level = self._centre(x, sigma, dtype)
+        return self._spectral(lambda lam: f(lam, level), u).reshape(x.shape)
 
     def log_prob(self, x: Tensor, sigma: Sigma) -> Tensor:
         """Log p(x; sigma) of N(mu, Sigma + sigma^2 I); shape (*batch,)."""
@@ -126,7 +148,8 @@ class GaussianDenoiser(Denoiser):
         u, start = self._centre(x, sigma_from, wide_dtype(x.device))
         batch_shape = tuple(u.shape[:-1])
         end = as_sigma(sigma_to, x, batch_shape, u.dtype, zero_ok=True)[..., None]
-        return self._restore(x, self._spectral(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u))
+        moved = self._spectral(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u)
+        return (self.mean + moved.reshape(x.shape)).to(result_dtype(x))
 
     def sample(self, n: int, sigma: Sigma = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """Draws `n` samples of N(mu, Sigma + sigma^2 I); shape (n, *event_shape).
@@ -174,9 +197,6 @@ class GaussianDenoiser(Denoiser):
     def _spectral(self, f: SpectralFunction, u: Tensor) -> Tensor:
         with full_precision(u.device.type):
             return self.covariance.apply(f, u)
-
-    def _restore(self, x: Tensor, u: Tensor) -> Tensor:
-        return (self.mean.to(u.dtype) + u.reshape(x.shape)).to(result_dtype(x))
 
 
 _TINY = torch.finfo(torch.float32).tiny  # keeps 0 * (0 / 0) at sigma = 0 from being NaN

@@ -58,7 +58,8 @@ def fit_covariance(
             f"expected 1 <= rank <= min(N - 1, D) = {min(count - 1, dim)} "
             f"for {count} samples of {dim} dimensions, got {rank}"
         )
-    if not float(moments.scatter.diagonal().sum()) > 0:
+    rounding = 1e-24 * count * float(moments.mean.square().sum())  # what equal samples leave in float64
+    if not float(moments.scatter.diagonal().sum()) > rounding:
         raise ValueError(f"expected data that vary, got {count} samples that are all equal")
 
     eigvals, eigvecs, tail = eigh(moments)
