@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gaussnet.denoisers import DeltaDenoiser, GaussianDenoiser
 from gaussnet.hub import register
-from gaussnet.numerics import Sigma
+from gaussnet.numerics import Sigma, as_sigma
 
 
 @register
@@ -96,7 +96,8 @@ class Gate(nn.Module):
 
     def forward(self, sigma: Sigma) -> Tensor:
         """g(sigma), of the shape of `sigma`."""
-        log_sigma = torch.log(torch.as_tensor(sigma, dtype=self.values.dtype, device=self.values.device))
+        shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
+        log_sigma = torch.log(as_sigma(sigma, self.values, shape, self.values.dtype))
         right = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self.log_sigma) - 1)
         x0, x1 = self.log_sigma[right - 1], self.log_sigma[right]
         share = ((log_sigma - x0) / (x1 - x0)).clamp(0, 1)

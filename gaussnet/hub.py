@@ -114,6 +114,7 @@ class Pretrained(
         """As `gaussnet.from_pretrained`, and checks that what was saved is of this class."""
         name = pretrained_model_name_or_path
         if Path(name).is_dir():
+            _check_json(Path(name) / CONFIG_NAME)
             return super().from_pretrained(name, **hub_arguments)
         try:
             return super().from_pretrained(name, **hub_arguments)
@@ -144,6 +145,19 @@ class Pretrained(
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{weights} does not fit its {CONFIG_NAME}: {error}") from error
         return model.eval()
+
+
+def _check_json(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}: expected a folder that save_pretrained wrote"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
 
 
 def _locate(model_id: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:

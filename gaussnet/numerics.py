@@ -27,6 +27,12 @@ def compute_dtype(x: Tensor, buffer: Tensor) -> torch.dtype:
     return torch.promote_types(result_dtype(x), buffer.dtype)
 
 
+def level_dtype(sigma: Sigma, buffer: Tensor) -> torch.dtype:
+    """The dtype of a function of the noise level alone, in a layer that holds `buffer`."""
+    wide = sigma if isinstance(sigma, Tensor) and sigma.is_floating_point() else buffer
+    return compute_dtype(wide, buffer)
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, for what float32 cannot resolve; float32 on the one backend (MPS) that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from gaussnet.denoisers import Denoiser, GaussianDenoiser
 from gaussnet.gate import Gate
 from gaussnet.hub import build, describe
-from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, result_dtype
+from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, level_dtype, result_dtype
 
 
 class BypassPrecond(Denoiser):
@@ -115,8 +115,9 @@ class BypassPrecond(Denoiser):
     def c_out(self, sigma: Sigma) -> Tensor:
         """The root mean squared error per dimension of the base, and scale of the network; shape of sigma."""
         covariance = self.gaussian.covariance
-        dtype = torch.promote_types(covariance.eigvals.dtype, torch.float32)
-        level = self._level(sigma, dtype)
+        dtype = level_dtype(sigma, covariance.eigvals)
+        shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
+        level = as_sigma(sigma, self.gaussian.mean, shape, dtype)
         noise = level[..., None] ** 2
         b, c_iso = self._shares(level)
         b, c_iso = b[..., None], c_iso[..., None]
@@ -149,10 +150,6 @@ class BypassPrecond(Denoiser):
         mean = self.gaussian.mean.to(gaussian.dtype)
         isotropic = mean + c_iso * (x.to(gaussian.dtype) - mean)
         return torch.lerp(isotropic, gaussian, b.expand_as(gaussian))
-
-    def _level(self, sigma: Sigma, dtype: torch.dtype) -> Tensor:
-        shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
-        return as_sigma(sigma, self.gaussian.mean, shape, dtype)
 
     def _batch_shape(self, x: Tensor) -> tuple[int, ...]:
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
@@ -213,6 +210,10 @@ class EDMPrecond(BypassPrecond):
         gaussian = GaussianDenoiser.isotropic(torch.zeros(event_shape), sigma_data**2)
         super().__init__(network, gaussian, show_gaussian=False, blend=False)
         self.sigma_data = sigma_data
+        # sigma_data says it all: without these, state dicts are those of EDM, key by key.
+        for module in (self.gaussian, self.gaussian.covariance):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer, persistent=False)
 
     def to_arguments(self) -> dict[str, Any]:
         return {

@@ -340,3 +340,17 @@ def test_mixtures_of_bad_data(bad: float) -> None:
     data[2, 1] = bad
     with pytest.raises(ValueError, match="finite data, got NaN or infinite"):
         GaussianMixtureDenoiser.fit(data, n_components=2)
+
+
+def test_a_rank_beyond_the_folds_is_lowered_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    data = randn(30, 64)
+    fitted = GaussianDenoiser.fit(data, rank=29)
+    assert fitted.covariance.rank == 19
+    assert "rank 29 is lowered to 19" in caplog.text
+
+
+def test_data_that_require_grad_are_fitted_as_they_are() -> None:
+    data = randn(50, 4)
+    fitted = GaussianDenoiser.fit(data.clone().requires_grad_())
+    assert torch.equal(fitted.mean, GaussianDenoiser.fit(data).mean)
+    assert not fitted.covariance.eigvals.requires_grad

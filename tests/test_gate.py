@@ -141,3 +141,9 @@ def test_on_two_points_it_is_the_integral() -> None:
     for sigma, value in zip(sigmas, gate.values.tolist(), strict=True):
         expected = two_point_gate(sigma, float(point.norm()))
         assert value == pytest.approx(expected, rel=0.05), f"{sigma=}"
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, torch.tensor([0.5, math.nan])])
+def test_impossible_sigma(sigma: float | Tensor) -> None:
+    with pytest.raises(ValueError, match="expected sigma to be finite and > 0"):
+        Gate(torch.tensor([0.1, 1.0]), torch.tensor([0.9, 0.1]))(sigma)

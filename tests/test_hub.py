@@ -181,10 +181,13 @@ def test_unknown_class(saved: Path) -> None:
         from_pretrained(saved)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"class_name": "Gate"}', "not json"])
+@pytest.mark.parametrize("content", ["{}", '{"class_name": "Gate"}', "not json", "[1, 2]"])
 def test_malformed_config(saved: Path, content: str) -> None:
     (saved / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"class_name and arguments|Expecting value"):
+    with pytest.raises(
+        ValueError,
+        match=r"class_name and arguments|not valid JSON: Expecting|expected a JSON object, got a list",
+    ):
         from_pretrained(saved)
 
 

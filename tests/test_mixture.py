@@ -225,3 +225,24 @@ COVARIANCE = Covariance(torch.eye(6), torch.ones(6))
 def test_impossible_arguments(weights: Tensor, count: int, dim: int, labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GaussianMixtureDenoiser(weights, torch.zeros(2, dim), [COVARIANCE] * count, labels)
+
+
+def test_a_class_of_equal_samples_is_a_point() -> None:
+    data = randn(40, 1, 2, 3)
+    data[:10] = data[0]
+    labels = (torch.arange(40) >= 10).long()
+    fitted = GaussianMixtureDenoiser.fit(data, labels=labels)
+    assert (fitted.weights * 40).round().tolist() == [10, 30]
+    x, sigma = data[:10] + 0.1 * randn(10, 1, 2, 3, seed=1), 0.1
+    denoised = fitted(x, sigma, torch.zeros(10, dtype=torch.long))
+    torch.testing.assert_close(denoised, data[:10])
+    assert bool(torch.isfinite(fitted.log_prob(x, sigma)).all())
+
+
+def test_rows_that_are_not_one_hot_are_errors() -> None:
+    labelled, x = denoiser("mixture-classes"), noised(0.5, 2)
+    rows = torch.eye(10)[[3, 4]]
+    assert torch.equal(labelled(x, 0.5, rows), labelled(x, 0.5, torch.tensor([3, 4])))
+    rows[1, 4] = 0
+    with pytest.raises(ValueError, match="expected one-hot class_labels"):
+        labelled(x, 0.5, rows)

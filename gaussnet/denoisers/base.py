@@ -79,6 +79,10 @@ def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tenso
             f"({', '.join([*map(str, batch_shape), 'classes'])}), got {class_labels.dtype} of shape "
             f"{tuple(class_labels.shape)}"
         )
+    if index is not class_labels and not bool((class_labels != 0).sum(-1).eq(1).all()):
+        raise ValueError(
+            "expected one-hot class_labels, got rows that do not have exactly one non-zero entry"
+        )
     unknown = ~torch.isin(index, known)
     if bool(unknown.any()):
         raise ValueError(

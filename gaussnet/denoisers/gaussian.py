@@ -28,6 +28,7 @@ from gaussnet.numerics import (
     check_event,
     compute_dtype,
     full_precision,
+    level_dtype,
     result_dtype,
     wide_dtype,
 )
@@ -54,6 +55,8 @@ class GaussianDenoiser(Denoiser):
 
     def __init__(self, mean: Tensor, covariance: Covariance) -> None:
         super().__init__()
+        if mean.ndim == 0:
+            raise ValueError("expected a mean of shape (*event_shape), got a 0-d tensor")
         if mean.numel() != covariance.dim:
             raise ValueError(
                 f"expected a covariance of {mean.numel()} dimensions for a mean of shape "
@@ -125,7 +128,7 @@ class GaussianDenoiser(Denoiser):
         u, level = self._centre(x, sigma, dtype)
         return self._spectral(lambda lam: f(lam, level), u).reshape(x.shape)
 
-    def log_prob(self, x: Tensor, sigma: Sigma) -> Tensor:
+    def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """Log p(x; sigma) of N(mu, Sigma + sigma^2 I); shape (*batch,)."""
         u, level = self._centre(x, sigma, wide_dtype(x.device))
         mahalanobis = (u * self._spectral(lambda lam: 1 / (lam + level**2), u)).sum(-1)
@@ -167,7 +170,7 @@ class GaussianDenoiser(Denoiser):
 
         Exact for any data with this mean and covariance, since it depends on second moments only.
         """
-        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        dtype = level_dtype(sigma, self.mean)
         shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
         level = as_sigma(sigma, self.mean, shape, dtype, zero_ok=True)[..., None]
         error = self.covariance.trace(lambda lam: lam * (level**2 / (lam + level**2).clamp_min(_TINY)), dtype)

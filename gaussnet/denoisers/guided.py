@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gaussnet.denoisers.base import Denoiser
 from gaussnet.hub import build, describe
-from gaussnet.numerics import Sigma
+from gaussnet.numerics import Sigma, check_event
 
 
 class GuidedDenoiser(Denoiser):
@@ -57,9 +57,11 @@ class GuidedDenoiser(Denoiser):
         return self.cond.event_shape
 
     def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        check_event(x, self.event_shape, type(self).__name__)
         return torch.lerp(self.uncond(x, sigma), self.cond(x, sigma, class_labels), self.w)
 
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        check_event(x, self.event_shape, type(self).__name__)
         return torch.lerp(self.uncond.score(x, sigma), self.cond.score(x, sigma, class_labels), self.w)
 
     def to_arguments(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gaussnet.covariance import Covariance, SpectralFunction
 from gaussnet.denoisers.base import Denoiser, class_index
+from gaussnet.denoisers.gaussian import GaussianDenoiser
 from gaussnet.fit import fit_covariance, kmeans_labels
 from gaussnet.numerics import (
     Sigma,
@@ -65,6 +66,10 @@ class GaussianMixtureDenoiser(Denoiser):
         class_labels: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if means.ndim < 2 or len(means) == 0 or not bool(torch.isfinite(means).all()):
+            raise ValueError(
+                f"expected finite means (K, *event_shape), K >= 1, got shape {tuple(means.shape)}"
+            )
         count, dim = len(means), means[0].numel()
         if weights.shape != (count,) or len(covariances) != count:
             raise ValueError(
@@ -143,7 +148,12 @@ class GaussianMixtureDenoiser(Denoiser):
         for group, count in zip(classes.tolist(), counts.tolist(), strict=True):
             allowed = min(count - 1, data[0].numel())
             component_rank = None if rank is None else min(rank, allowed)
-            event_shape, mean, covariance = fit_covariance(data[groups == group], component_rank, shrinkage)
+            members = data[groups == group]
+            if bool((members == members[0]).all()):  # a point: N(y, 0)
+                means.append(members[0])
+                covariances.append(GaussianDenoiser.isotropic(members[0], 0.0).covariance)
+                continue
+            event_shape, mean, covariance = fit_covariance(members, component_rank, shrinkage)
             means.append(mean.reshape(event_shape))
             covariances.append(covariance)
         stacked = torch.stack(means)

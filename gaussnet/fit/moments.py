@@ -131,7 +131,7 @@ def _batches(data: Data) -> Iterator[Tensor]:
         if data.ndim < 2:
             raise ValueError(f"expected data of shape (N, *event_shape), got {tuple(data.shape)}")
         for start in range(0, len(data), _CHUNK):
-            yield torch.as_tensor(data[start : start + _CHUNK])
+            yield torch.as_tensor(data[start : start + _CHUNK]).detach()
         return
     for batch in data:
         if not isinstance(batch, (Tensor, np.ndarray)):

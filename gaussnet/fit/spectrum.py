@@ -70,6 +70,8 @@ def fit_covariance(
     elif shrinkage == "cv":
         eigvals, tail = cross_validated(folds)
         eigvecs = eigvecs[:, : len(eigvals)]
+        if rank is not None and rank > len(eigvals):
+            log.warning("rank %d is lowered to %d, all that %d folds determine", rank, len(eigvals), FOLDS)
     eigvals, eigvecs, tail = truncate(eigvals, eigvecs, tail, rank)
     covariance = Covariance(eigvecs.contiguous(), eigvals, tail).to(moments.dtype)
     return moments.event_shape, moments.mean.to(moments.dtype), covariance
