@@ -17,7 +17,7 @@ from torch import Tensor
 from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser
 from gaussnet.fit import Moments, fit_covariance, fit_moments, kmeans_labels
 from gaussnet.fit.moments import merge_all
-from gaussnet.fit.spectrum import eigh, truncate
+from gaussnet.fit.spectrum import truncate
 
 OFFSET = 1e4  # a mean in whose square the variance would drown: 1e8 against 1
 
@@ -163,13 +163,6 @@ def test_truncate_counts_the_directions_that_have_no_eigenvector() -> None:
     )
     assert (eigvals.tolist(), eigvecs.shape) == ([4.0], (6, 1))
     assert tail.item() == pytest.approx((2 + 1 + 3 * 0.5) / 5)
-
-
-def test_eigh_has_the_rank_that_samples_can_have() -> None:
-    eigvals, eigvecs, tail = eigh(moments_of(randn(4, 10)))
-    assert (eigvals.shape, eigvecs.shape) == ((3,), (10, 3))
-    assert abs(float(tail)) < 1e-14
-    torch.testing.assert_close(eigvecs.T @ eigvecs, torch.eye(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shrinkage", ["cv", "none"])

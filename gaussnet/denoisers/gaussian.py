@@ -76,7 +76,7 @@ class GaussianDenoiser(Denoiser):
         return cls(mean, Covariance(eigvecs, mean.new_zeros(0), tail=var))
 
     @classmethod
-    def fit(cls, data: Data, rank: int | None = None, shrinkage: str = "cv") -> Self:
+    def fit(cls, data: Data, rank: int | None = None, shrinkage: str = "cv", solver: str = "auto") -> Self:
         """Fits mean and covariance to data.
 
         Args:
@@ -85,11 +85,12 @@ class GaussianDenoiser(Denoiser):
                 Default: all that the data determine.
             shrinkage: "cv" measures the eigenvalues on left-out folds, so that the denoiser predicts its
                 own error on new data; "none" keeps the sample eigenvalues (covariance over N).
+            solver: "dense" costs D^3, "gram" N^3 and needs an array; default: the cheaper one.
 
         Raises:
             ValueError: for fewer than two samples, non-finite data, or a rank out of range.
         """
-        event_shape, mean, covariance = fit_covariance(data, rank=rank, shrinkage=shrinkage)
+        event_shape, mean, covariance = fit_covariance(data, rank, shrinkage, solver)
         return cls(mean.reshape(event_shape), covariance)
 
     @property

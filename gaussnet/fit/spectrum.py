@@ -1,4 +1,4 @@
-"""From moments to a covariance: eigenvalues, rank, tail, and their cross-validation.
+"""From data to a covariance: eigenvalues, rank, tail, and their cross-validation.
 
 Sample eigenvectors overfit: the data vary more along the leading ones, and less along the last ones, than
 new data do. A denoiser built on them under-estimates its own error, and with it the c_out of a network
@@ -14,14 +14,26 @@ The tail that minimises the error of score and denoiser at every noise level is 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gaussnet.covariance import Covariance
-from gaussnet.fit.moments import Data, Moments, fit_moments, merge_all
+from gaussnet.fit.moments import Data, fit_moments, merge_all
+from gaussnet.fit.solvers import (
+    Axes,
+    LeftOut,
+    as_samples,
+    dense_axes,
+    dense_left_out,
+    gram_axes,
+    gram_left_out,
+)
 
 SHRINKAGES = ("cv", "none")
+SOLVERS = ("auto", "dense", "gram")
 FOLDS = 3
 PLENTY = 100  # samples per dimension beyond which cross-validation moves eigenvalues by under 1%
 
@@ -29,62 +41,94 @@ log = logging.getLogger(__name__)
 
 
 def fit_covariance(
-    data: Data, rank: int | None = None, shrinkage: str = "cv"
+    data: Data, rank: int | None = None, shrinkage: str = "cv", solver: str = "auto"
 ) -> tuple[torch.Size, Tensor, Covariance]:
-    """Fits mean and covariance in one pass over the data.
+    """Fits mean and covariance.
 
     Args:
         data: (N, *event_shape), or an iterable of such batches.
         rank: eigenvectors to keep, 1 <= rank <= min(N - 1, D); the mean variance along the others becomes
             the tail. Default: all that the data determine.
         shrinkage: "cv" for cross-validated eigenvalues, "none" for those of the sample covariance (over N).
+        solver: "dense" passes once over any data and costs D^3; "gram" needs an array and costs N^3. Default:
+            by shape, "gram" for arrays of N < D samples.
 
     Returns:
         event_shape, mean (D,) and covariance, in the dtype of the data (at least float32).
 
     Raises:
-        ValueError: for fewer than two samples, non-finite or constant data, an unknown shrinkage, or a rank
-            out of range.
+        TypeError: if solver="gram" gets an iterable.
+        ValueError: for fewer than two samples, non-finite or constant data, an unknown shrinkage or solver,
+            or a rank out of range.
     """
-    if shrinkage not in SHRINKAGES:
-        raise ValueError(f"expected shrinkage to be one of {', '.join(SHRINKAGES)}, got {shrinkage!r}")
+    for name, value, known in (("shrinkage", shrinkage, SHRINKAGES), ("solver", solver, SOLVERS)):
+        if value not in known:
+            raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+    array = isinstance(data, (Tensor, np.ndarray)) and data.ndim >= 2
+    if solver == "gram" and not array:
+        raise TypeError(f'solver="gram" needs a tensor or array of samples, got {type(data).__name__}')
+    if solver == "gram" or (solver == "auto" and array and len(data) < np.prod(data.shape[1:])):  # pyright: ignore
+        return _fit_gram(torch.as_tensor(data), rank, shrinkage)
+    return _fit_dense(data, rank, shrinkage)
+
+
+def _fit_dense(data: Data, rank: int | None, shrinkage: str) -> tuple[torch.Size, Tensor, Covariance]:
     folds = fit_moments(data, folds=FOLDS)
     moments = merge_all(folds)
-    count, dim = moments.count, moments.mean.numel()
+    _check(moments.count, moments.mean, moments.scatter.diagonal().sum(), rank)
+    left_out = dense_left_out(folds) if _cross_validates(moments.count, moments.mean, shrinkage) else None
+    covariance = _covariance(dense_axes(moments), left_out, rank)
+    return moments.event_shape, moments.mean.to(moments.dtype), covariance.to(moments.dtype)
+
+
+def _fit_gram(data: Tensor, rank: int | None, shrinkage: str) -> tuple[torch.Size, Tensor, Covariance]:
+    samples = as_samples(data)
+    if not len(samples):
+        raise ValueError("expected at least one sample, got none")
+    mean = samples.mean(0)
+    samples = samples - mean
+    _check(len(samples), mean, samples.square().sum(), rank)
+    left_out = gram_left_out(samples, FOLDS) if _cross_validates(len(samples), mean, shrinkage) else None
+    covariance = _covariance(gram_axes(samples), left_out, rank)
+    dtype = torch.promote_types(data.dtype, torch.float32)
+    return data.shape[1:], mean.to(dtype), covariance.to(dtype)
+
+
+def _check(count: int, mean: Tensor, scatter: Tensor, rank: int | None) -> None:
+    """Refuses what no covariance can be fitted to; `scatter` is the summed squared distance to the mean."""
     if count < 2:
         raise ValueError(f"expected at least 2 samples to fit a covariance, got {count}")
-    if rank is not None and not 1 <= rank <= min(count - 1, dim):
+    largest = min(count - 1, mean.numel())
+    if rank is not None and not 1 <= rank <= largest:
         raise ValueError(
-            f"expected 1 <= rank <= min(N - 1, D) = {min(count - 1, dim)} "
-            f"for {count} samples of {dim} dimensions, got {rank}"
+            f"expected 1 <= rank <= min(N - 1, D) = {largest} "
+            f"for {count} samples of {mean.numel()} dimensions, got {rank}"
         )
-    rounding = 1e-24 * count * float(moments.mean.square().sum())  # what equal samples leave in float64
-    if not float(moments.scatter.diagonal().sum()) > rounding:
+    rounding = 1e-24 * count * float(mean.square().sum())  # what equal samples leave in float64
+    if not float(scatter) > rounding:
         raise ValueError(f"expected data that vary, got {count} samples that are all equal")
 
-    eigvals, eigvecs, tail = eigh(moments)
-    if shrinkage == "cv" and count >= PLENTY * dim:
-        log.info("%d samples for %d dimensions: sample eigenvalues need no cross-validation", count, dim)
-    elif shrinkage == "cv" and count < 2 * FOLDS:
+
+def _cross_validates(count: int, mean: Tensor, shrinkage: str) -> bool:
+    if shrinkage == "cv" and count >= PLENTY * mean.numel():
+        log.info("%d samples for %d dimensions: no need to cross-validate", count, mean.numel())
+        return False
+    if shrinkage == "cv" and count < 2 * FOLDS:
         log.warning("%d samples are too few for cross-validation: using sample eigenvalues", count)
-    elif shrinkage == "cv":
-        eigvals, tail = cross_validated(folds)
+        return False
+    return shrinkage == "cv"
+
+
+def _covariance(axes: Axes, left_out: Iterable[LeftOut] | None, rank: int | None) -> Covariance:
+    """The covariance on these axes, with their own or cross-validated eigenvalues, cut to `rank`."""
+    eigvals, eigvecs, tail = axes.eigvals, axes.eigvecs, axes.eigvals.new_zeros(())
+    if left_out is not None:
+        eigvals, tail = cross_validated(list(left_out), *eigvecs.shape)
         eigvecs = eigvecs[:, : len(eigvals)]
         if rank is not None and rank > len(eigvals):
             log.warning("rank %d is lowered to %d, all that %d folds determine", rank, len(eigvals), FOLDS)
     eigvals, eigvecs, tail = truncate(eigvals, eigvecs, tail, rank)
-    covariance = Covariance(eigvecs.contiguous(), eigvals, tail).to(moments.dtype)
-    return moments.event_shape, moments.mean.to(moments.dtype), covariance
-
-
-def eigh(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (r,) in decreasing order, eigenvectors (D, r), and the mean eigenvalue of the rest.
-
-    r = min(N - 1, D): the rank that N samples can have.
-    """
-    eigvals, eigvecs = torch.linalg.eigh(moments.covariance)
-    eigvals, eigvecs = eigvals.flip(0).clamp_min(0), eigvecs.flip(1)
-    return truncate(eigvals, eigvecs, eigvals.new_zeros(()), min(moments.count - 1, len(eigvals)))
+    return Covariance(eigvecs.contiguous(), eigvals, tail)
 
 
 def truncate(
@@ -98,33 +142,21 @@ def truncate(
     return eigvals[:rank], eigvecs[:, :rank], dropped / (dim - rank)
 
 
-def cross_validated(folds: list[Moments]) -> tuple[Tensor, Tensor]:
+def cross_validated(left_out: list[LeftOut], dim: int, size: int) -> tuple[Tensor, Tensor]:
     """Cross-validated eigenvalues (r,), decreasing, and the variance of each of the D - r other directions.
 
-    r is the smallest rank that all but one fold determine.
+    r is the smallest rank that all but one fold determine, `size` at most.
     """
     from sklearn.isotonic import isotonic_regression
 
-    spectra: list[Tensor] = []
-    totals: list[Tensor] = []
-    for k, left_out in enumerate(folds):
-        rest = merge_all(fold for j, fold in enumerate(folds) if j != k)
-        _, eigvecs, _ = eigh(rest)
-        shift = left_out.mean - rest.mean
-        # Second moments of the fold about the mean of the rest: new data differ in their mean, too.
-        second = left_out.covariance + torch.outer(shift, shift)
-        spectra.append(((second @ eigvecs) * eigvecs).sum(0))  # diag(U^T C U)
-        totals.append(second.diagonal().sum())
-    rank = min(map(len, spectra))
-    weights = torch.tensor([float(fold.count) for fold in folds], dtype=torch.float64)
-    weights = (weights / weights.sum()).to(spectra[0].device)
-    variances = torch.stack([spectrum[:rank] for spectrum in spectra])
-    measured = weights @ variances
-    total = weights @ torch.stack(totals)
-    monotone = isotonic_regression(measured.cpu().numpy(), increasing=False)
-    eigvals = measured.new_tensor(
-        monotone.copy()
-    )  # a copy: scikit-learn returns a view with negative strides
-    dim = folds[0].mean.numel()
+    rank = min(size, *(len(fold.variances) for fold in left_out))
+    weights = left_out[0].variances.new_tensor([float(fold.count) for fold in left_out])
+    weights = weights / weights.sum()
+    measured = weights @ torch.stack([fold.variances[:rank] for fold in left_out])
+    total = weights @ torch.stack([fold.total for fold in left_out])
+    eigvals = measured
+    if rank:
+        monotone = isotonic_regression(measured.cpu().numpy(), increasing=False)
+        eigvals = measured.new_tensor(monotone.copy())  # a copy: scikit-learn returns negative strides
     tail = (total - eigvals.sum()).clamp_min(0) / max(dim - rank, 1)
     return eigvals, tail if rank < dim else torch.zeros_like(tail)
