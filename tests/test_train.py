@@ -27,7 +27,7 @@ TINY = [
     "train.batch=16",
     "train.steps=8",
     "train.warmup=3",
-    "train.log_every=2",
+    "train.log_every=4",
     "checkpoint.every=2",
     "probe.times=3",
     "probe.queries=4",
@@ -163,10 +163,12 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(resumed[name], tensor), f"{name} differs after a resume at {stop}"
     for name in ("probes.csv", "errors.csv", "skips.csv", "report.md"):
         assert (tmp_path / name).read_text() == (complete / name).read_text(), name
-    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-              for run in (complete, tmp_path)]  # fmt: skip
-    assert len(losses[0]) == len(losses[1])
-    assert losses[0][-1] == losses[1][-1]
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (complete, tmp_path)
+    ]
+    whole, resumed_rows = ([(row["step"], row["loss"], row["lr"]) for row in run] for run in rows)
+    assert whole == resumed_rows
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 

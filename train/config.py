@@ -122,7 +122,7 @@ class TrainConfig:
     clip: float | None = None  # norm to which gradients are clipped
     ema_decay: float = 0.999
     precision: Precision = Precision.no
-    log_every: int = 50
+    log_every: int = 50  # steps; at every checkpoint, too
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "log_every"):

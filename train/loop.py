@@ -149,7 +149,9 @@ def run(config: Config) -> None:
         losses.append(loss.detach())
 
         done = step + 1
-        if done % config.train.log_every == 0 or done == config.train.steps:
+        saves = done % config.checkpoint.every == 0 or done == config.train.steps
+        # Before each checkpoint, too: none may hold a state whose loss was not looked at.
+        if done % config.train.log_every == 0 or saves:
             mean = float(cast(Tensor, accelerator.reduce(torch.stack(losses).mean(), reduction="mean")))
             if not math.isfinite(mean):
                 raise RuntimeError(
@@ -164,7 +166,7 @@ def run(config: Config) -> None:
                 folder.log(row)
                 bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.0f}")
         measure(done)
-        if done % config.checkpoint.every == 0 or done == config.train.steps:
+        if saves:
             save_checkpoint(accelerator, folder, done, config)
     bar.close()
 
