@@ -76,7 +76,14 @@ class GaussianDenoiser(Denoiser):
         return cls(mean, Covariance(eigvecs, mean.new_zeros(0), tail=var))
 
     @classmethod
-    def fit(cls, data: Data, rank: int | None = None, shrinkage: str = "cv", solver: str = "auto") -> Self:
+    def fit(
+        cls,
+        data: Data,
+        rank: int | None = None,
+        shrinkage: str = "cv",
+        solver: str = "auto",
+        groups: Tensor | None = None,
+    ) -> Self:
         """Fits mean and covariance to data.
 
         Args:
@@ -86,11 +93,13 @@ class GaussianDenoiser(Denoiser):
             shrinkage: "cv" measures the eigenvalues on left-out folds, so that the denoiser predicts its
                 own error on new data; "none" keeps the sample eigenvalues (covariance over N).
             solver: "dense" costs D^3, "gram" N^3 and needs an array; default: the cheaper one.
+            groups: integers (N,): cross-validation keeps the samples of a group, such as variants of one
+                image, together.
 
         Raises:
             ValueError: for fewer than two samples, non-finite data, or a rank out of range.
         """
-        event_shape, mean, covariance = fit_covariance(data, rank, shrinkage, solver)
+        event_shape, mean, covariance = fit_covariance(data, rank, shrinkage, solver, groups)
         return cls(mean.reshape(event_shape), covariance)
 
     @property

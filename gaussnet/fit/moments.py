@@ -66,22 +66,46 @@ def merge_all(moments: Iterable[Moments]) -> Moments:
     return reduce(Moments.merge, moments)
 
 
-def fit_moments(data: Data, folds: int = 1) -> list[Moments]:
+def fold_members(count: int, folds: int, groups: Tensor | None = None) -> Tensor:
+    """The fold of each of `count` samples, (N,): i % folds, or that of its group, in their order.
+
+    Raises:
+        ValueError: if `groups` is not one integer for each sample.
+    """
+    if groups is None:
+        return torch.arange(count) % folds
+    groups = torch.as_tensor(groups, device="cpu")
+    if groups.shape != (count,) or groups.is_floating_point():
+        raise ValueError(
+            f"expected groups to be {count} integers, one a sample, "
+            f"got {groups.dtype} of shape {tuple(groups.shape)}"
+        )
+    _, index = torch.unique(groups, return_inverse=True)
+    return index % folds
+
+
+def fit_moments(data: Data, folds: int = 1, groups: Tensor | None = None) -> list[Moments]:
     """Accumulates the moments of `data` in one pass.
 
     Args:
         data: (N, *event_shape), a tensor or array, or an iterable of such batches.
         folds: sample i of the stream goes to fold i % folds.
+        groups: or, for arrays, an integer for each sample: those of one group go to one fold.
 
     Returns:
         The moments of each fold that got a sample; `merge_all` makes them one.
 
     Raises:
-        TypeError: if a batch is neither a tensor nor an array.
+        TypeError: if a batch is neither a tensor nor an array, or there are groups for an iterable.
         ValueError: if there is no sample, the shapes differ, or a value is not finite.
     """
     sums: list[_Sums] | None = None
     seen = 0
+    members = None
+    if groups is not None:
+        if not isinstance(data, (Tensor, np.ndarray)):
+            raise TypeError(f"groups need a tensor or array of samples, got {type(data).__name__}")
+        members = fold_members(len(data), folds, groups)
     for batch in _batches(data):
         if sums is None:
             pilot = batch.double().flatten(1).mean(0)
@@ -94,7 +118,8 @@ def fit_moments(data: Data, folds: int = 1) -> list[Moments]:
             bad = (~torch.isfinite(flat)).any(1).nonzero()[0].item()
             raise ValueError(f"expected finite data, got NaN or infinite values in sample {seen + bad}")
         for k, fold in enumerate(sums):
-            fold.add(flat[(k - seen) % folds :: folds], batch.dtype)
+            mine = slice((k - seen) % folds, None, folds)
+            fold.add(flat[mine if members is None else members[seen : seen + len(flat)] == k], batch.dtype)
         seen += len(flat)
     if sums is None:
         raise ValueError("expected at least one sample, got none")

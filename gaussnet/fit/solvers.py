@@ -86,12 +86,12 @@ def gram_axes(centred: Tensor) -> Axes:
     return Axes(eigvals, q * r.diagonal().sign())
 
 
-def gram_left_out(centred: Tensor, folds: int) -> Iterator[LeftOut]:
-    """Each fold (sample i is in fold i % folds) against the others, from the Gram matrix."""
+def gram_left_out(centred: Tensor, members: Tensor) -> Iterator[LeftOut]:
+    """Each fold against the others, from the Gram matrix; `members` holds the fold of each sample."""
     gram = centred @ centred.T
-    member = torch.arange(len(gram), device=gram.device) % folds
-    for k in range(folds):
-        out, rest = member == k, member != k
+    members = members.to(gram.device)
+    for k in members.unique().tolist():
+        out, rest = members == k, members != k
         inner = gram[rest][:, rest]
         column = inner.mean(0)
         centred_inner = inner - column - column[:, None] + column.mean()

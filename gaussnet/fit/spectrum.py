@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.covariance import Covariance
-from gaussnet.fit.moments import Data, fit_moments, merge_all
+from gaussnet.fit.moments import Data, fit_moments, fold_members, merge_all
 from gaussnet.fit.solvers import (
     Axes,
     LeftOut,
@@ -41,7 +41,11 @@ log = logging.getLogger(__name__)
 
 
 def fit_covariance(
-    data: Data, rank: int | None = None, shrinkage: str = "cv", solver: str = "auto"
+    data: Data,
+    rank: int | None = None,
+    shrinkage: str = "cv",
+    solver: str = "auto",
+    groups: Tensor | None = None,
 ) -> tuple[torch.Size, Tensor, Covariance]:
     """Fits mean and covariance.
 
@@ -52,12 +56,14 @@ def fit_covariance(
         shrinkage: "cv" for cross-validated eigenvalues, "none" for those of the sample covariance (over N).
         solver: "dense" passes once over any data and costs D^3; "gram" needs an array and costs N^3. Default:
             by shape, "gram" for arrays of N < D samples.
+        groups: an integer for each sample of an array: variants of one image share one, so that none is
+            measured along axes that the others of its group have shaped.
 
     Returns:
         event_shape, mean (D,) and covariance, in the dtype of the data (at least float32).
 
     Raises:
-        TypeError: if solver="gram" gets an iterable.
+        TypeError: if solver="gram" or groups get an iterable.
         ValueError: for fewer than two samples, non-finite or constant data, an unknown shrinkage or solver,
             or a rank out of range.
     """
@@ -68,27 +74,34 @@ def fit_covariance(
     if solver == "gram" and not array:
         raise TypeError(f'solver="gram" needs a tensor or array of samples, got {type(data).__name__}')
     if solver == "gram" or (solver == "auto" and array and len(data) < np.prod(data.shape[1:])):  # pyright: ignore
-        return _fit_gram(torch.as_tensor(data), rank, shrinkage)
-    return _fit_dense(data, rank, shrinkage)
+        return _fit_gram(torch.as_tensor(data), rank, shrinkage, groups)
+    return _fit_dense(data, rank, shrinkage, groups)
 
 
-def _fit_dense(data: Data, rank: int | None, shrinkage: str) -> tuple[torch.Size, Tensor, Covariance]:
-    folds = fit_moments(data, folds=FOLDS)
+def _fit_dense(
+    data: Data, rank: int | None, shrinkage: str, groups: Tensor | None
+) -> tuple[torch.Size, Tensor, Covariance]:
+    folds = fit_moments(data, FOLDS, groups)
     moments = merge_all(folds)
     _check(moments.count, moments.mean, moments.scatter.diagonal().sum(), rank)
-    left_out = dense_left_out(folds) if _cross_validates(moments.count, moments.mean, shrinkage) else None
+    validates = _cross_validates(moments.count, moments.mean, shrinkage, len(folds))
+    left_out = dense_left_out(folds) if validates else None
     covariance = _covariance(dense_axes(moments), left_out, rank)
     return moments.event_shape, moments.mean.to(moments.dtype), covariance.to(moments.dtype)
 
 
-def _fit_gram(data: Tensor, rank: int | None, shrinkage: str) -> tuple[torch.Size, Tensor, Covariance]:
+def _fit_gram(
+    data: Tensor, rank: int | None, shrinkage: str, groups: Tensor | None
+) -> tuple[torch.Size, Tensor, Covariance]:
     samples = as_samples(data)
     if not len(samples):
         raise ValueError("expected at least one sample, got none")
     mean = samples.mean(0)
     samples = samples - mean
     _check(len(samples), mean, samples.square().sum(), rank)
-    left_out = gram_left_out(samples, FOLDS) if _cross_validates(len(samples), mean, shrinkage) else None
+    members = fold_members(len(samples), FOLDS, groups)
+    validates = _cross_validates(len(samples), mean, shrinkage, len(members.unique()))
+    left_out = gram_left_out(samples, members) if validates else None
     covariance = _covariance(gram_axes(samples), left_out, rank)
     dtype = torch.promote_types(data.dtype, torch.float32)
     return data.shape[1:], mean.to(dtype), covariance.to(dtype)
@@ -109,12 +122,14 @@ def _check(count: int, mean: Tensor, scatter: Tensor, rank: int | None) -> None:
         raise ValueError(f"expected data that vary, got {count} samples that are all equal")
 
 
-def _cross_validates(count: int, mean: Tensor, shrinkage: str) -> bool:
+def _cross_validates(count: int, mean: Tensor, shrinkage: str, folds: int) -> bool:
     if shrinkage == "cv" and count >= PLENTY * mean.numel():
         log.info("%d samples for %d dimensions: no need to cross-validate", count, mean.numel())
         return False
-    if shrinkage == "cv" and count < 2 * FOLDS:
-        log.warning("%d samples are too few for cross-validation: using sample eigenvalues", count)
+    if shrinkage == "cv" and (count < 2 * FOLDS or folds < 2):
+        log.warning(
+            "%d samples in %d folds: too few to cross-validate, using sample eigenvalues", count, folds
+        )
         return False
     return shrinkage == "cv"
 
