@@ -98,6 +98,16 @@ def _check_value(sigma: float, zero_ok: bool) -> None:
         raise ValueError(f"expected sigma to be finite and {'>= 0' if zero_ok else '> 0'}, got {sigma}")
 
 
+def known_true(flag: Tensor) -> bool:
+    """Whether a flag is set, as far as it can be read: not in a compiled graph, nor under vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(flag)
+    except RuntimeError:  # torch.func.vmap
+        return False
+
+
 def expand_as_event(values: Tensor, event_ndim: int) -> Tensor:
     """Appends `event_ndim` axes to per-sample values, so that they broadcast against a batch."""
     return values.reshape(*values.shape, *(1,) * event_ndim)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ANALYTIC, DENOISERS, DTYPES, EVENT, denoiser, noised, randn, relative_error
+from cases import ANALYTIC, DENOISERS, DTYPES, EVENT, LABELLED, denoiser, noised, randn, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,3 +177,17 @@ def test_every_tensor_is_in_the_state_dict(name: str) -> None:
 @every
 def test_repr_names_the_class(name: str) -> None:
     assert repr(denoiser(name)).startswith(type(denoiser(name)).__name__ + "(")
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_class_labels_pass_vmap_and_compile(name: str) -> None:
+    d, x, labels = denoiser(name), noised(0.5, 3), torch.tensor([3, 1, 4])
+    expected = d(x, 0.5, labels)
+    mapped = torch.func.vmap(lambda x, label: d(x, 0.5, label))(x, labels)
+    assert relative_error(mapped, expected) < 1e-12
+    one_hot = torch.func.vmap(lambda x, row: d(x, 0.5, row))(x, torch.eye(10)[labels])
+    assert relative_error(one_hot, expected) < 1e-12
+    if name == "mixture-classes":
+        torch.compiler.reset()
+        compiled = torch.compile(d, fullgraph=True, backend="eager")
+        assert relative_error(compiled(x, 0.5, labels), expected) < 1e-12

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gaussnet.denoisers.posterior import PosteriorCovariance
 from gaussnet.hub import Pretrained
-from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, result_dtype
+from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, known_true, result_dtype
 
 
 class Denoiser(Pretrained, ABC):
@@ -79,12 +79,12 @@ def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tenso
             f"({', '.join([*map(str, batch_shape), 'classes'])}), got {class_labels.dtype} of shape "
             f"{tuple(class_labels.shape)}"
         )
-    if index is not class_labels and not bool((class_labels != 0).sum(-1).eq(1).all()):
+    if index is not class_labels and known_true((class_labels != 0).sum(-1).ne(1).any()):
         raise ValueError(
             "expected one-hot class_labels, got rows that do not have exactly one non-zero entry"
         )
-    unknown = ~torch.isin(index, known)
-    if bool(unknown.any()):
+    unknown = (index[..., None] != known).all(-1)  # torch.isin has no batching rule
+    if known_true(unknown.any()):
         raise ValueError(
             f"expected class_labels among {sorted(set(known.tolist()))}, "
             f"got {sorted(set(index[unknown].tolist()))}"
