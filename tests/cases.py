@@ -1,10 +1,13 @@
 """Data, covariances and denoisers that several test files share, by name."""
 
 import copy
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from scipy.stats import multivariate_normal
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -120,6 +123,17 @@ def tiny_unet(awake: bool = True, **changes: Any) -> SongUNet:
         for parameter in net.parameters() if awake else ():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return net.eval()
+
+
+def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Arguments of a SongUNet and the tensors of NVlabs/edm's EDMPrecond around it, by the file's name."""
+    path = Path(__file__).parent / "fixtures" / "golden" / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert (config.pop("class_name"), config.pop("model_type")) == ("EDMPrecond", "SongUNet")
+    channels = config.pop("img_channels")
+    return {"in_channels": channels, "out_channels": channels, **config}, tensors
 
 
 def cubature(event_shape: tuple[int, ...] = EVENT) -> Tensor:

@@ -239,6 +239,15 @@ def test_a_class_of_equal_samples_is_a_point() -> None:
     assert bool(torch.isfinite(fitted.log_prob(x, sigma)).all())
 
 
+def test_integer_data_are_fitted_as_floats() -> None:
+    data = torch.randint(0, 255, (40, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data[:10] = data[0]
+    labels = (torch.arange(40) >= 10).long()
+    fitted = GaussianMixtureDenoiser.fit(data, labels=labels)
+    assert fitted.means.dtype == torch.float32
+    torch.testing.assert_close(fitted.means[0], data[0].float())
+
+
 def test_rows_that_are_not_one_hot_are_errors() -> None:
     labelled, x = denoiser("mixture-classes"), noised(0.5, 2)
     rows = torch.eye(10)[[3, 4]]

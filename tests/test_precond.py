@@ -1,7 +1,5 @@
 """The bypass: its base, its scale, its inputs; and EDM as its isotropic case."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +9,17 @@ from cases import (
     SIGMAS,
     cubature,
     denoiser,
+    golden,
     noised,
     randn,
     relative_error,
     tiny_unet,
     train_digits,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from gaussnet import BypassPrecond, Denoiser, EDMPrecond, Gate, GaussianDenoiser, SongUNet
 
-GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 GATE = Gate(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0.9, 0.6, 0.1]))
 
 sigmas = pytest.mark.parametrize("sigma", SIGMAS)
@@ -248,23 +245,19 @@ def test_edm_is_edms_table_1(sigma: float, sigma_data: float) -> None:
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ddpmpp_cond", "edm_ncsnpp"])
 def test_matches_the_outputs_of_edm(name: str) -> None:
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert (config.pop("class_name"), config.pop("model_type")) == ("EDMPrecond", "SongUNet")
-    channels = config.pop("img_channels")
-    edm = EDMPrecond(SongUNet(in_channels=channels, out_channels=channels, **config)).eval()
-    state = {key.removeprefix("state."): value for key, value in golden.items() if key.startswith("state.")}
+    config, tensors = golden(name)
+    edm = EDMPrecond(SongUNet(**config)).eval()
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     edm.load_state_dict(state, strict=True)
     out = edm(
-        golden["in.x"],
-        golden["in.sigma"],
-        golden.get("in.class_labels"),
-        augment_labels=golden.get("in.augment_labels"),
+        tensors["in.x"],
+        tensors["in.sigma"],
+        tensors.get("in.class_labels"),
+        augment_labels=tensors.get("in.augment_labels"),
     )
-    assert relative_error(out, golden["out.denoised"]) < 1e-5
-    skip = 0.25 / (0.25 + golden["in.sigma"].reshape(-1, 1, 1, 1) ** 2) * golden["in.x"]
-    assert relative_error(out - skip, golden["out.denoised"] - skip) < 1e-4, "the network's part"
+    assert relative_error(out, tensors["out.denoised"]) < 1e-5
+    skip = 0.25 / (0.25 + tensors["in.sigma"].reshape(-1, 1, 1, 1) ** 2) * tensors["in.x"]
+    assert relative_error(out - skip, tensors["out.denoised"] - skip) < 1e-4, "the network's part"
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -2,19 +2,17 @@
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from cases import golden
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gaussnet.networks import SongUNet
 
-GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 TINY: dict[str, Any] = {
     "img_resolution": 16,
     "in_channels": 3,
@@ -79,28 +77,24 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ddpmpp_cond", "edm_ncsnpp"])
 def test_matches_edm(name: str) -> None:
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert (config.pop("class_name"), config.pop("model_type")) == ("EDMPrecond", "SongUNet")
-    channels = config.pop("img_channels")
-    net = SongUNet(in_channels=channels, out_channels=channels, **config).eval()
+    config, tensors = golden(name)
+    net = SongUNet(**config).eval()
     prefix = "state.model."
-    state = {key.removeprefix(prefix): t for key, t in golden.items() if key.startswith(prefix)}
+    state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     net.load_state_dict(state, strict=True)
 
-    x, sigma = golden["in.x"].requires_grad_(), golden["in.sigma"].reshape(-1, 1, 1, 1)
-    labels = golden.get("in.class_labels"), golden.get("in.augment_labels")
+    x, sigma = tensors["in.x"].requires_grad_(), tensors["in.sigma"].reshape(-1, 1, 1, 1)
+    labels = tensors.get("in.class_labels"), tensors.get("in.augment_labels")
     variance = sigma**2 + 0.5**2
     out = net(x / variance.sqrt(), sigma.log().flatten() / 4, *labels)
     skip = 0.5**2 / variance * x
     denoised = skip + 0.5 * sigma / variance.sqrt() * out
     (grad,) = torch.autograd.grad(denoised.square().mean(), x)
 
-    assert relative_error(denoised, golden["out.denoised"]) < 1e-5, name
-    assert relative_error(grad, golden["out.grad_x"]) < 1e-5, name
+    assert relative_error(denoised, tensors["out.denoised"]) < 1e-5, name
+    assert relative_error(grad, tensors["out.grad_x"]) < 1e-5, name
     # The skip is over 90 % of the output: the network's own part must match as well.
-    assert relative_error(denoised - skip, golden["out.denoised"] - skip) < 1e-4, name
+    assert relative_error(denoised - skip, tensors["out.denoised"] - skip) < 1e-4, name
 
 
 # Initialisation and configuration -----------------------------------------------------------------

@@ -137,6 +137,7 @@ class GaussianMixtureDenoiser(Denoiser):
             )
         if not bool(torch.isfinite(data).all()):
             raise ValueError("expected finite data, got NaN or infinite values")
+        data = data.to(result_dtype(data))
         groups = kmeans_labels(data, n_components, seed) if n_components is not None else labels
         assert groups is not None
         classes, counts = torch.unique(groups, return_counts=True)
