@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from gaussnet.networks import Conv2d, Resample, UNetBlock, group_norm
-from gaussnet.networks.blocks import Resampling
+from gaussnet.networks.blocks import Resampling, dropout, fast_layout
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
@@ -85,3 +85,83 @@ def test_block_starts_as_its_scaled_skip(
     assert ("skip.weight" in block.state_dict()) == (resample is not None and resample_proj)
     if resample is None:
         torch.testing.assert_close(out, 0.25 * x)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.25])
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gain_multiplies_the_convolution(gain: float, resample: Resampling | None, fused: bool) -> None:
+    conv = Conv2d(3, 4, 3, resample, fused=fused and resample == "down").double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(conv(x, gain), gain * conv(x))
+
+
+# Dropout and layout -------------------------------------------------------------------------------
+
+
+def _images(layout: str) -> Tensor:
+    x = torch.rand(7, 5, 33, 31) + 1  # of a size that 4 does not divide
+    return {
+        "contiguous": x,
+        "channels last": x.to(memory_format=torch.channels_last),
+        "not dense": x[:, 1:4, ::2],
+        "expanded": x[:1].expand(7, -1, -1, -1),
+    }[layout]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "not dense", "expanded"])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_the_mean(layout: str, p: float) -> None:
+    x = _images(layout)
+    kept = torch.zeros(())
+    mean = torch.zeros_like(x)
+    for _ in range(20):
+        out = dropout(x, p, training=True)
+        kept = kept + (out != 0).double().mean() / 20
+        mean = mean + out / 20
+        scaled = out[out != 0] / x[out != 0]
+        torch.testing.assert_close(scaled, torch.full_like(scaled, 1 / (1 - p)), rtol=2e-4, atol=0)
+    n = 20 * x.numel()
+    assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5, "share of what is kept"
+    assert abs(mean.mean() / x.mean() - 1) < 6 * (p / (1 - p) / n) ** 0.5, "mean"
+    # neighbours, of one and of two words of random bits, are independent
+    zero = (dropout(torch.ones(400_000), p, training=True) == 0).double() - p
+    for lag in (1, 2, 3, 4, 5, 8):
+        correlation = (zero[lag:] * zero[:-lag]).mean() / (p * (1 - p))
+        assert abs(correlation) < 5 / 400_000**0.5, f"correlation at lag {lag}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_gradient_is_its_mask(dtype: torch.dtype) -> None:
+    x = torch.rand(64, 33, dtype=dtype).add_(1).requires_grad_()
+    out = dropout(x, 0.3, training=True)
+    out.sum().backward()
+    assert x.grad is not None
+    assert out.dtype == dtype
+    torch.testing.assert_close(x.grad * x, out)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-7, 1.0])
+def test_dropout_at_its_ends(p: float) -> None:
+    x = torch.randn(3, 4)
+    assert dropout(x, p, training=False) is x
+    torch.testing.assert_close(dropout(x, p, training=True), torch.zeros_like(x) if p == 1 else x)
+
+
+def test_dropout_follows_the_seed() -> None:
+    x = torch.ones(1000)
+    outs: list[Tensor] = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outs.append(dropout(x, 0.5, training=True))
+    assert outs[0].equal(outs[1])
+    assert not outs[0].equal(outs[2])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_layout_changes_memory_and_not_values(channels: int) -> None:
+    x = torch.randn(2, channels, 4, 5)
+    out = fast_layout(x)
+    assert out.equal(x)
+    assert out.stride() == (20 * channels, 1, 5 * channels, channels)
+    assert F.conv2d(out, torch.randn(8, channels, 3, 3)).is_contiguous(memory_format=torch.channels_last)

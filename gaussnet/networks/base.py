@@ -21,19 +21,19 @@ from gaussnet.networks.blocks import PositionalEmbedding, check_labels, zero_
 
 
 class Network(nn.Module):
-    """Base of the networks: their arguments, and their embedding (B, emb_channels).
+    """Base of the networks: their arguments.
 
     Args:
         config: The arguments of the subclass as JSON-able values. Among them are in_channels,
             out_channels, img_resolution, label_dim, augment_dim and label_dropout.
-        noise_channels: Channels of the noise embedding, even.
-        emb_channels: Channels of the embedding of all labels.
 
     Attributes:
         config: The arguments; ``type(net)(**net.config)`` has the same architecture.
     """
 
-    def __init__(self, config: dict[str, Any], noise_channels: int, emb_channels: int) -> None:
+    map_layer0: nn.Linear
+
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
         self.img_resolution: int | list[int] = config["img_resolution"]
@@ -43,6 +43,32 @@ class Network(nn.Module):
         self.augment_dim: int = config["augment_dim"]
         self.label_dropout: float = config["label_dropout"]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, in which the network computes."""
+        return self.map_layer0.weight.dtype
+
+    def to_arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, for config.json."""
+        return dict(self.config)
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
+        """A network of the same architecture, with new weights."""
+        return cls(**arguments)
+
+
+class EmbeddingNetwork(Network):
+    """Base of the networks with this embedding (B, emb_channels).
+
+    Args:
+        config: As in `Network`.
+        noise_channels: Channels of the noise embedding, even.
+        emb_channels: Channels of the embedding of all labels.
+    """
+
+    def __init__(self, config: dict[str, Any], noise_channels: int, emb_channels: int) -> None:
+        super().__init__(config)
         self.map_noise = PositionalEmbedding(noise_channels)
         if self.augment_dim:
             self.map_augment = nn.Linear(self.augment_dim, noise_channels, bias=False)
@@ -52,11 +78,6 @@ class Network(nn.Module):
         if self.label_dim:
             self.map_label = nn.Linear(self.label_dim, emb_channels, bias=False)
             nn.init.normal_(self.map_label.weight)  # a class then weighs as much whatever label_dim is
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, in which the network computes."""
-        return self.map_layer0.weight.dtype
 
     def embed(
         self,
@@ -82,15 +103,6 @@ class Network(nn.Module):
             if self.label_dim:
                 emb = emb + self.map_label(y.to(self.dtype))
         return F.silu(emb)
-
-    def to_arguments(self) -> dict[str, Any]:
-        """The constructor's arguments, for config.json."""
-        return dict(self.config)
-
-    @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
-        """A network of the same architecture, with new weights."""
-        return cls(**arguments)
 
 
 def noise_row(noise_labels: Tensor, batch: int) -> Tensor:

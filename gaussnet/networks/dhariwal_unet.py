@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaussnet.hub import register
-from gaussnet.networks.base import Network, check_config, expect
-from gaussnet.networks.blocks import Conv2d, UNetBlock, check_images, group_norm, zero_
+from gaussnet.networks.base import EmbeddingNetwork, check_config, expect
+from gaussnet.networks.blocks import Conv2d, UNetBlock, check_images, fast_layout, group_norm, zero_
 
 
 @register
-class DhariwalUNet(Network):
+class DhariwalUNet(EmbeddingNetwork):
     """The U-Net of Dhariwal and Nichol (2021) with the arguments and state-dict names of EDM.
 
     Args:
@@ -151,7 +151,7 @@ class DhariwalUNet(Network):
         """
         check_images(x, self.in_channels, self.multiple)
         emb = self.embed(x.shape[0], noise_labels, class_labels, augment_labels)
-        x = x.to(self.dtype)
+        x = fast_layout(x.to(self.dtype))
         skips: list[Tensor] = []
         for block in self.enc.values():
             x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
@@ -160,4 +160,4 @@ class DhariwalUNet(Network):
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(F.silu(self.out_norm(x))).contiguous()

@@ -25,8 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gaussnet.hub import register
-from gaussnet.networks.base import Network, check_config, expect
-from gaussnet.networks.blocks import PositionalEmbedding, check_images, zero_
+from gaussnet.networks.base import EmbeddingNetwork, check_config, expect
+from gaussnet.networks.blocks import PositionalEmbedding, check_images, dropout, zero_
 
 EPS = 1e-6
 
@@ -66,7 +66,7 @@ class DiTBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, channels / heads)
         t = t + gate0 * self.proj(rearrange(h, "b head n c -> b n (head c)"))
         h = F.gelu(self.fc1(modulate(t, scale1, shift1)), approximate="tanh")
-        return t + gate1 * self.fc2(F.dropout(h, self.dropout, self.training))
+        return t + gate1 * self.fc2(dropout(h, self.dropout, self.training))
 
 
 def modulate(t: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def modulate(t: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @register
-class DiT(Network):
+class DiT(EmbeddingNetwork):
     """The diffusion transformer of Peebles and Xie (2022); the defaults are those of DiT-S/2.
 
     Args:

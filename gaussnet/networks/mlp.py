@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaussnet.hub import register
-from gaussnet.networks.base import Network, check_config, expect
-from gaussnet.networks.blocks import zero_
+from gaussnet.networks.base import EmbeddingNetwork, check_config, expect
+from gaussnet.networks.blocks import dropout, zero_
 
 
 class MLPBlock(nn.Module):
@@ -47,11 +47,11 @@ class MLPBlock(nn.Module):
         """Features (B, channels) to the same, with the embedding (B, emb_channels) or (1, emb_channels)."""
         scale, shift = self.affine(emb).chunk(2, dim=1)
         y = F.silu(torch.addcmul(shift, self.fc0(self.norm(h)), 1 + scale))
-        return h + self.fc1(F.dropout(y, self.dropout, self.training))
+        return h + self.fc1(dropout(y, self.dropout, self.training))
 
 
 @register
-class MLP(Network):
+class MLP(EmbeddingNetwork):
     """A residual MLP of events of any shape.
 
     Args:

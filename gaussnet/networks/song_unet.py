@@ -23,7 +23,7 @@ References:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaussnet.hub import register
-from gaussnet.networks.base import class_rows, expect, noise_row
+from gaussnet.networks.base import Network, class_rows, expect, noise_row
 from gaussnet.networks.blocks import (
     Conv2d,
     FourierEmbedding,
@@ -41,6 +41,7 @@ from gaussnet.networks.blocks import (
     UNetBlock,
     check_images,
     check_labels,
+    fast_layout,
     group_norm,
     zero_,
 )
@@ -53,7 +54,7 @@ EPS = 1e-6
 
 
 @register
-class SongUNet(nn.Module):
+class SongUNet(Network):
     """The U-Net of Song et al. (2021) with the arguments and state-dict names of EDM.
 
     Args:
@@ -101,8 +102,7 @@ class SongUNet(nn.Module):
         decoder_type: DecoderType = "standard",
         resample_filter: Sequence[float] = (1, 1),
     ) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {
+        config: dict[str, Any] = {
             "img_resolution": img_resolution,
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -121,14 +121,9 @@ class SongUNet(nn.Module):
             "decoder_type": decoder_type,
             "resample_filter": list(resample_filter),
         }
-        _check_config(self.config)
-        self.img_resolution = img_resolution
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.label_dim = label_dim
-        self.augment_dim = augment_dim
+        _check_config(config)
+        super().__init__(config)
         self.num_blocks = num_blocks
-        self.label_dropout = label_dropout
         self.encoder_type = encoder_type
         self.resolutions = [img_resolution >> level for level in range(len(channel_mult))]
 
@@ -238,17 +233,8 @@ class SongUNet(nn.Module):
         """
         check_images(x, self.in_channels, multiple=2 ** (len(self.resolutions) - 1))
         emb = self._embed(x.shape[0], noise_labels, class_labels, augment_labels)
-        x = x.to(self.map_layer0.weight.dtype)
-        return self._decode(self._encode(x, emb), emb)
-
-    def to_arguments(self) -> dict[str, Any]:
-        """The constructor's arguments, for config.json."""
-        return dict(self.config)
-
-    @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> "SongUNet":
-        """A network of the same architecture, with new weights."""
-        return cls(**arguments)
+        x = fast_layout(x.to(self.dtype))
+        return self._decode(self._encode(x, emb), emb).contiguous()
 
     def _embed(
         self,
@@ -258,7 +244,7 @@ class SongUNet(nn.Module):
         augment_labels: Tensor | None,
     ) -> Tensor:
         """The embedding (B, emb_channels), or (1, emb_channels) where one label serves all."""
-        dtype = self.map_layer0.weight.dtype
+        dtype = self.dtype
         cos, sin = self.map_noise(noise_row(noise_labels, batch))
         emb = torch.cat([sin, cos], dim=1).to(dtype)
 
