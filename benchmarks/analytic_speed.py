@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
+from timing import Call, compare, peak_memory
 from torch import Tensor
-from torch.profiler import profile
 
 from gaussnet import Covariance, DeltaDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
 
 BATCH = 256
-Call = Callable[[], object]
 
 
 def gaussian(dim: int, generator: torch.Generator) -> GaussianDenoiser:
@@ -56,31 +51,6 @@ def written_out(model: GaussianMixtureDenoiser, x: Tensor, sigma: float) -> Tens
     f, f_tail = model.eigvals / inside, (model.tails / outside)[:, None]
     denoised = model.means + f_tail * u + torch.einsum("bkr,krd->bkd", (f - f_tail) * z, model.eigvecs)
     return torch.einsum("bk,bkd->bd", weights, denoised)
-
-
-def compare(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if repeat:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_memory(call: Call) -> float:
-    """MB allocated at once during a call, over what was there before."""
-    with profile(profile_memory=True) as record:
-        call()
-    results: Any = record.profiler and record.profiler.kineto_results
-    level = peak = 0
-    for event in sorted(results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak / 2**20
 
 
 def main() -> None:
