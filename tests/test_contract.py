@@ -179,6 +179,18 @@ def test_integer_and_one_hot_classes_agree(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("method", ["forward", "score", "log_prob"])
+def test_rows_of_zeros_are_of_no_class(name: str, method: str) -> None:
+    call, x = getattr(denoiser(name), method), noised(0.5, 4)
+    labels = torch.eye(10, dtype=torch.float64)[[3, 1, 4, 1]]
+    labels[2] = 0
+    out = call(x, 0.5, labels)
+    torch.testing.assert_close(out[2], call(x, 0.5)[2])
+    for i in (0, 1, 3):
+        torch.testing.assert_close(out[i], call(x, 0.5, torch.tensor([3, 1, 4, 1]))[i])
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("method", ["forward", "score", "log_prob"])
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -38,8 +38,8 @@ class Denoiser(Pretrained, ABC):
         Args:
             x: noisy samples, shape (*batch, *event_shape); networks take exactly one batch axis.
             sigma: noise level in the units of `x`: a float, a 0-d tensor or one value per sample.
-            class_labels: integer classes of shape (*batch,) or one-hot rows (*batch, classes).
-                A denoiser without classes ignores them, as unconditional EDM networks do.
+            class_labels: integer classes of shape (*batch,) or one-hot rows (*batch, classes), zeros
+                for no class. A denoiser without classes ignores them, as unconditional EDM networks do.
 
         Returns:
             Tensor of the shape of `x`.
@@ -74,12 +74,16 @@ class Denoiser(Pretrained, ABC):
 def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tensor) -> Tensor:
     """Integer classes from integer labels of shape `batch_shape`, or from one-hot rows.
 
+    A row of zeros, EDM's label of no class, becomes -1.
+
     Raises:
-        ValueError: if the shape is neither, or a class is not among the `known` ones.
+        ValueError: if the shape is neither, a row has several non-zero entries, or a class is not among the
+            `known` ones.
     """
+    rows = class_labels.shape[:-1] == batch_shape and class_labels.ndim == len(batch_shape) + 1
     if class_labels.shape == batch_shape and not class_labels.is_floating_point():
         index = class_labels
-    elif class_labels.shape[:-1] == batch_shape and class_labels.ndim == len(batch_shape) + 1:
+    elif rows:
         index = class_labels.argmax(-1)
     else:
         raise ValueError(
@@ -87,14 +91,23 @@ def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tenso
             f"({', '.join([*map(str, batch_shape), 'classes'])}), got {class_labels.dtype} of shape "
             f"{tuple(class_labels.shape)}"
         )
-    if index is not class_labels and known_true((class_labels != 0).sum(-1).ne(1).any()):
+    count = (class_labels != 0).sum(-1) if rows else torch.ones_like(index)
+    if rows and known_true((count > 1).any()):
         raise ValueError(
-            "expected one-hot class_labels, got rows that do not have exactly one non-zero entry"
+            "expected one-hot class_labels, or zeros for no class, got rows with several non-zero entries"
         )
-    unknown = (index[..., None] != known).all(-1)  # torch.isin has no batching rule
+    unknown = (index[..., None] != known).all(-1) & (count > 0)  # torch.isin has no batching rule
     if known_true(unknown.any()):
         raise ValueError(
             f"expected class_labels among {sorted(set(known.tolist()))}, "
             f"got {sorted(set(index[unknown].tolist()))}"
         )
-    return index
+    return torch.where(count > 0, index, -1)
+
+
+def other_class(index: Tensor, known: Tensor) -> Tensor:
+    """Which of the `known` classes (n,) are not those of the index; shape (*index.shape, n).
+
+    Where the index is -1, for no class, none is: the sample is not restricted.
+    """
+    return (known != index[..., None]) & (index >= 0)[..., None]

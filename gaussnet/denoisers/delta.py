@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gaussnet.denoisers.base import Denoiser, class_index
+from gaussnet.denoisers.base import Denoiser, class_index, other_class
 from gaussnet.numerics import (
     Sigma,
     as_sigma,
@@ -144,7 +144,7 @@ class DeltaDenoiser(Denoiser):
                 gains = functional.linear(query.to(dtype), keys, -half)  # (*batch, chunk)
             other = None
             if labels is not None and self.data_labels is not None:
-                other = self.data_labels[start : start + chunk_size] != labels[..., None]
+                other = other_class(labels, self.data_labels[start : start + chunk_size])
                 gains = gains.masked_fill(other, -math.inf)
             nearest = exact = None
             if dtype == wide:
@@ -183,7 +183,7 @@ class DeltaDenoiser(Denoiser):
         if class_labels is None or self.data_labels is None:
             return self.data.new_tensor(len(self.data), dtype=wide_dtype(self.data.device))
         labels = class_index(class_labels, batch_shape, self.data_labels)
-        return (self.data_labels == labels[..., None]).sum(-1).to(wide_dtype(self.data.device))
+        return (~other_class(labels, self.data_labels)).sum(-1).to(wide_dtype(self.data.device))
 
     def to_arguments(self) -> dict[str, Any]:
         return {

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gaussnet.covariance import Covariance, SpectralFunction
-from gaussnet.denoisers.base import Denoiser, class_index
+from gaussnet.denoisers.base import Denoiser, class_index, other_class
 from gaussnet.fit import Data, fit_mixture
 from gaussnet.hub import record
 from gaussnet.numerics import (
@@ -282,7 +282,7 @@ class GaussianMixtureDenoiser(Denoiser):
         log_prior = torch.log(self.weights.to(wide))
         if class_labels is not None and self.component_labels is not None:
             labels = class_index(class_labels, tuple(flat.shape[:-1]), self.component_labels)
-            other = self.component_labels != labels[..., None]
+            other = other_class(labels, self.component_labels)
             log_prior = log_prior.expand(*other.shape).masked_fill(other, -math.inf)
         return log_prior - 0.5 * (mahalanobis + logdet + dim * math.log(2 * math.pi)), log_prior, z
 

@@ -32,7 +32,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gaussnet.denoisers.base import Denoiser, class_index
+from gaussnet.denoisers.base import Denoiser, class_index, other_class
 from gaussnet.numerics import (
     Sigma,
     as_sigma,
@@ -150,7 +150,7 @@ class LocalDenoiser(Denoiser):
             chunk = self.data[start : start + points].to(query.dtype).reshape(-1, *self._grid)
             other = None  # (b, n): data of other classes
             if labels is not None and self.data_labels is not None:
-                other = self.data_labels[start : start + points] != labels[:, None]
+                other = other_class(labels, self.data_labels[start : start + points])
                 other = other.reshape(len(query), *(1,) * (query.ndim - 2), -1)
             for values, allowed in self._arranged(chunk.movedim(0, -1).contiguous(), level):
                 squared = (query[:, 0, ..., None] - values[0]) ** 2
