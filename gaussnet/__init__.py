@@ -25,8 +25,9 @@ from gaussnet.edm_import import import_edm
 from gaussnet.edm_pickle import read_edm_pickle
 from gaussnet.edm_preconds import VEPrecond, VPPrecond, iDDPMPrecond
 from gaussnet.flow import GaussianFlow
-from gaussnet.gate import Gate
+from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import from_pretrained
+from gaussnet.measured import MeasuredError
 from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet
 from gaussnet.precond import BypassPrecond, EDMPrecond
 from gaussnet.probes import ScoreProbe, unexplained_variance
@@ -50,6 +51,7 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "GuidedDenoiser",
     "ImageData",
+    "MeasuredError",
     "PCALocalDenoiser",
     "PatchDenoiser",
     "PosteriorCovariance",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "count_nfe",
     "euler",
+    "find_sigma_gate",
     "from_pretrained",
     "heun",
     "iDDPMPrecond",

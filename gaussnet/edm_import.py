@@ -14,7 +14,6 @@ Reference: https://github.com/NVlabs/edm, training/networks.py.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,10 +85,6 @@ def _build(snapshot: EDMSnapshot, numbers: int) -> Denoiser:
         raise EDMPickleError(f"expected model_type to be one of {', '.join(_NETWORKS)}, got {got}")
     arguments.pop("use_fp16", None)
     settings = {name: arguments.pop(name) for name in precond.settings if name in arguments}
-    if precond.cls is EDMPrecond:
-        limits = settings.pop("sigma_min", 0), settings.pop("sigma_max", math.inf)
-        if limits != (0, math.inf):
-            raise EDMPickleError(f"EDMPrecond: expected sigma_min, sigma_max of 0, inf, got {limits!s:.50}")
     channels = arguments.pop("img_channels")
     try:
         arguments |= {"in_channels": channels, "out_channels": channels * precond.output_multiple}

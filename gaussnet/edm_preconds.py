@@ -39,8 +39,8 @@ import torch
 from torch import Tensor, nn
 
 from gaussnet.hub import build, describe
+from gaussnet.network_denoiser import NetworkDenoiser, image_shape
 from gaussnet.numerics import Sigma, as_level, as_sigma, expand_as_event, result_dtype
-from gaussnet.precond import NetworkDenoiser, image_shape
 from gaussnet.schedules import Time, VPSchedule
 
 

@@ -10,24 +10,26 @@ with D_delta the exact denoiser of the data set. The gate is the square root of 
     g(s)^2 = E||D_delta - D_gauss||^2 / (D e(s)^2)   in [0, 1].
 
 A network whose output is multiplied by g is silent where there is nothing to learn: at high noise g vanishes,
-the model is exactly Gaussian, and teleporting down to there is free.
+the model is exactly Gaussian, and teleporting down to there is free. A mixture in the Gaussian's place has no
+closed e(s): its error is measured on the same samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gaussnet.denoisers import DeltaDenoiser, GaussianDenoiser
+from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser
+from gaussnet.fit.streams import Data, subsample
 from gaussnet.hub import register
-from gaussnet.numerics import Sigma, as_sigma
+from gaussnet.tables import LevelTable
 
 
 @register
-class Gate(nn.Module):
+class Gate(LevelTable):
     """A table of g over log sigma, interpolated linearly and constant beyond its ends.
 
     Args:
@@ -38,82 +40,124 @@ class Gate(nn.Module):
         ValueError: if the table is malformed.
     """
 
-    log_sigma: Tensor
-    values: Tensor
-
     def __init__(self, sigmas: Tensor, values: Tensor) -> None:
-        super().__init__()
-        if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas.shape != values.shape:
-            raise ValueError(
-                "expected sigmas and values of one shape (n,), n >= 2, "
-                f"got {tuple(sigmas.shape)} and {tuple(values.shape)}"
-            )
-        if not bool((sigmas[0] > 0) & (sigmas.diff() > 0).all() & torch.isfinite(sigmas[-1])):
-            raise ValueError(f"expected increasing positive sigmas, got {sigmas.tolist()}")
+        super().__init__(sigmas, values)
+        if values.ndim != 1:
+            raise ValueError(f"expected gate values of shape (n,), got {tuple(values.shape)}")
         if not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError(f"expected gate values within [0, 1], got {values.tolist()}")
-        self.register_buffer("log_sigma", torch.log(sigmas))
-        self.register_buffer("values", values)
 
     @classmethod
     def fit(
         cls,
-        gaussian: GaussianDenoiser,
-        data: Tensor,
+        gaussian: Denoiser,
+        data: Data,
         sigmas: Sequence[float] | Tensor | None = None,
         n_queries: int = 1024,
         generator: torch.Generator | None = None,
+        *,
+        labels: Tensor | None = None,
+        max_data: int = 65_536,
     ) -> Gate:
         """Measures the gate on noised data.
 
         Args:
-            gaussian: the base that the network corrects.
-            data: the training set, (N, *event_shape).
+            gaussian: the base that the network corrects: a Gaussian, or a mixture.
+            data: the training set, (N, *event_shape), or an iterable of batches.
             sigmas: increasing noise levels of the table; default: 25 from 0.05 to 100, evenly in log.
             n_queries: data points noised at each level, at most N.
             generator: draws the points and the noise.
+            labels: integer classes (N,), for a model with classes: the denoisers then see them, too.
+            max_data: where there are more samples, this many stand for them. Memory is that of these.
 
         Returns:
-            The gate, on the device of `data`.
+            The gate, on the device of `gaussian`.
+
+        Raises:
+            TypeError: if the data are neither an array nor an iterable of batches.
+            ValueError: if they do not fit the Gaussian.
         """
+        buffer = next(gaussian.buffers())
+        drawn, classes = subsample(data, max_data, labels, generator)
+        drawn = drawn.to(buffer.device)
+        if drawn.shape[1:] != gaussian.event_shape:
+            expected = ", ".join(map(str, gaussian.event_shape))
+            raise ValueError(f"expected data of shape (N, {expected}), got {tuple(drawn.shape)}")
         if sigmas is None:
             sigmas = torch.logspace(-1.3, 2, 25, dtype=torch.float64)
         levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-        delta = DeltaDenoiser(data)
-        picked = torch.randperm(len(data), generator=generator, device=_device(generator))[:n_queries]
-        clean = data[picked.to(data.device)]
-        noise = torch.randn(clean.shape, generator=generator, device=_device(generator)).to(clean)
+        device = torch.device("cpu") if generator is None else generator.device
+        picked = torch.randperm(len(drawn), generator=generator, device=device)[:n_queries].to(drawn.device)
+        clean = drawn[picked]
+        noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
+        if classes is not None:
+            classes = classes.to(drawn.device)
+        delta, own = DeltaDenoiser(drawn, classes), None if classes is None else classes[picked]
         ratios: list[float] = []
         with torch.no_grad():
             for sigma in levels.tolist():
                 x = clean + sigma * noise
-                gain = (delta(x, sigma) - gaussian(x, sigma)).square().mean()
-                ratios.append(float(gain / gaussian.bayes_error(sigma)))
+                denoised = gaussian(x, sigma, own)
+                gain = (delta(x, sigma, own) - denoised).square().mean()
+                measured = (denoised - clean).square().mean()
+                error = gaussian.bayes_error(sigma) if isinstance(gaussian, GaussianDenoiser) else measured
+                ratios.append(float(gain / error))
         values = torch.tensor(ratios, dtype=torch.float64).clamp(0, 1).sqrt()
         # The share falls with the noise; sampling error must not make it rise again.
         values = values.cummin(0).values
-        return cls(levels.to(gaussian.mean), values.to(gaussian.mean))
-
-    def forward(self, sigma: Sigma) -> Tensor:
-        """g(sigma), of the shape of `sigma`."""
-        shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
-        log_sigma = torch.log(as_sigma(sigma, self.values, shape, self.values.dtype))
-        right = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self.log_sigma) - 1)
-        x0, x1 = self.log_sigma[right - 1], self.log_sigma[right]
-        share = ((log_sigma - x0) / (x1 - x0)).clamp(0, 1)
-        return torch.lerp(self.values[right - 1], self.values[right], share)
-
-    def to_arguments(self) -> dict[str, Any]:
-        return {"size": len(self.values)}
+        return cls(levels.to(buffer), values.to(buffer))
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> Gate:
-        size = arguments["size"]
-        return cls(torch.arange(1.0, size + 1), torch.zeros(size))
+    def step(cls, sigma: float) -> Gate:
+        """1 up to sigma, 0 above."""
+        return cls(torch.tensor([sigma, sigma * (1 + 1e-5)]), torch.tensor([1.0, 0.0]))
 
-    def extra_repr(self) -> str:
-        return f"size={len(self.values)}"
+    def closes(self, tol: float) -> float:
+        """The level above which g stays below `tol`; inf if it does not, 0 if it is there everywhere."""
+        open_at = (self.values >= tol).nonzero().flatten()
+        if len(open_at) == 0:
+            return 0.0
+        last = int(open_at[-1])
+        if last == len(self.values) - 1:
+            return math.inf
+        (x0, x1), (y0, y1) = (
+            pair[last : last + 2].double().tolist() for pair in (self.log_sigma, self.values)
+        )
+        return math.exp(x0 + (x1 - x0) * (y0 - tol) / (y0 - y1))
 
 
-def _device(generator: torch.Generator | None) -> torch.device:
-    return generator.device if generator is not None else torch.device("cpu")
+def find_sigma_gate(
+    model: Denoiser,
+    gaussian: GaussianDenoiser,
+    tol: float = 0.1,
+    n_queries: int = 64,
+    generator: torch.Generator | None = None,
+) -> float:
+    """The lowest noise level above which a model is its Gaussian, as measured on the model alone.
+
+    Args:
+        model: any denoiser.
+        gaussian: with the moments of the model's data.
+        tol: the two may differ, in mean square over draws of N(mu, Sigma + sigma^2 I), by less than
+            (tol e(sigma))^2, with e(sigma) the Gaussian's own error.
+        n_queries: number of draws at each of 31 levels from 0.5 to 80.
+        generator: draws them, on the Gaussian's device.
+
+    Raises:
+        ValueError: if they differ by more at the highest level, too.
+    """
+    lowest = ratio = math.inf
+    with torch.no_grad():
+        for sigma in torch.logspace(math.log10(80), math.log10(0.5), 31, dtype=torch.float64).tolist():
+            x = gaussian.sample(n_queries, sigma, generator)
+            difference = (model(x, sigma) - gaussian(x, sigma)).double().square().mean()
+            ratio = float(difference / gaussian.bayes_error(sigma)) ** 0.5
+            if not ratio < tol:  # NaN, too
+                break
+            lowest = sigma
+    if math.isinf(lowest):
+        raise ValueError(
+            f"expected a model that differs from the Gaussian by less than {tol} e(sigma) at sigma = 80, "
+            f"got {ratio:.3g} e(sigma): it is not trained there, or the Gaussian is not that of its data"
+        )
+    return lowest

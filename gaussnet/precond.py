@@ -2,21 +2,22 @@
 
 With mean mu, covariance Sigma, v = tr(Sigma)/D and noise level s,
 
-    D(x, s)  = D_base(x, s) + g(s) c_out(s) F(inputs, c_noise)
-    inputs   = [c_in (x - mu), D_gauss(x, s)],    c_in = 1/sqrt(v + s^2),    c_noise = ln(s)/4
-    D_base   = b D_gauss + (1 - b) D_iso,         D_iso = mu + v/(v + s^2) (x - mu)
-    b(s)     = 1 - e(s)^2/s^2 = (1/D) tr[s^2 (Sigma + s^2 I)^-1]
+    D(x, s) = D_gauss + g [w (D_iso - D_gauss) + c_out F(inputs, c_noise)]
+    inputs  = [c_in (x - mu), D_gauss(x, s)],    c_in = 1/sqrt(v + s^2),    c_noise = ln(s)/4
+    D_iso   = mu + v/(v + s^2) (x - mu)
+    w(s)    = e(s)^2/s^2 = 1 - (1/D) tr[s^2 (Sigma + s^2 I)^-1],    e(s) the error of D_gauss
 
-D_base is a spectral function f(Sigma) of x - mu, so its error is known in closed form for any data with these
-two moments, and c_out is its root:
+The base, D_gauss + g w (D_iso - D_gauss), is a spectral function f(Sigma) of x - mu. Its error is therefore
+known in closed form for any data with these two moments, and c_out is its root:
 
-    f(lam)   = b lam/(lam + s^2) + (1 - b) v/(v + s^2)
-    c_out^2  = (1/D) sum [(1 - f)^2 lam + f^2 s^2],       loss weight = 1/c_out^2.
+    f(lam)  = (1 - g w) lam/(lam + s^2) + g w v/(v + s^2)
+    c_out^2 = (1/D) sum [(1 - f)^2 lam + f^2 s^2],       loss weight = 1/c_out^2.
 
-The target (x_0 - D_base)/c_out then has unit variance at every noise level. g is the optional gate of
-`gaussnet.gate`. b, the share of the noise that the Gaussian removes, fades the base from the Gaussian to the
-isotropic skip at the lowest noise, where the Gaussian hardly improves on the identity and would only be
-something for a convolutional network to undo.
+The target, x_0 - base over c_out, then has unit variance at every noise level. g is the optional gate of
+`gaussnet.gate`: where it is closed, D is D_gauss exactly, and the network is not evaluated. 1 - w is the
+share of the noise that the Gaussian removes: at the lowest noise, where the Gaussian hardly improves on the
+identity and would only be something for a convolutional network to undo, the base fades to the isotropic
+skip.
 
 Sigma = sigma_data^2 I and mu = 0 make all of this EDM's preconditioning, term by term: c_skip = v/(v + s^2),
 c_out = s sigma_data/sqrt(v + s^2). Reference: Karras et al. 2022, arXiv 2206.00364, Table 1.
@@ -25,74 +26,21 @@ c_out = s sigma_data/sqrt(v + s^2). Reference: Karras et al. 2022, arXiv 2206.00
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gaussnet.denoisers import Denoiser, GaussianDenoiser
-from gaussnet.gate import Gate
+from gaussnet.covariance import Covariance
+from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import build, describe
-from gaussnet.numerics import (
-    Sigma,
-    as_level,
-    as_sigma,
-    check_event,
-    expand_as_event,
-    level_dtype,
-    result_dtype,
-)
+from gaussnet.measured import MeasuredError
+from gaussnet.network_denoiser import NetworkDenoiser, check_range, image_shape, range_arguments
+from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, level_dtype, result_dtype
 
-
-class NetworkDenoiser(Denoiser):
-    """What every preconditioner shares: how the network is called, and on which noise levels.
-
-    Attributes:
-        model: called as model(inputs, noise_labels, class_labels), and with augment_labels if there are any.
-        sigma_min: lowest level that the network was made for.
-        sigma_max: highest level that the network was made for.
-    """
-
-    model: nn.Module  # EDM's name: its state dicts fit
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
-
-    def round_sigma(self, sigma: Sigma | Sequence[float]) -> Tensor:
-        """The levels nearest to sigma that the network knows: here every level.
-
-        Args:
-            sigma: levels of any shape, such as a grid; 0, where grids end, stays 0.
-
-        Returns:
-            Tensor of the shape of sigma, at least float32; numbers become float64.
-
-        Raises:
-            ValueError: if a level is negative or not finite.
-        """
-        return as_level(sigma, zero_ok=True)
-
-    def _batch_shape(self, x: Tensor) -> tuple[int, ...]:
-        batch_shape = check_event(x, self.event_shape, type(self).__name__)
-        if len(batch_shape) != 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected x of shape (B, {', '.join(map(str, self.event_shape))}), "
-                f"got {tuple(x.shape)}"
-            )
-        return batch_shape
-
-    def _evaluate(
-        self,
-        inputs: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None,
-        augment_labels: Tensor | None,
-    ) -> Tensor:
-        """The network's output, in the dtype of its inputs."""
-        if not getattr(self.model, "label_dim", 1):
-            class_labels = None
-        extra = {} if augment_labels is None else {"augment_labels": augment_labels}
-        return self.model(inputs, noise_labels, class_labels, **extra).to(inputs.dtype)
+Base = Literal["blend", "gaussian", "isotropic"]
 
 
 class BypassPrecond(NetworkDenoiser):
@@ -101,24 +49,38 @@ class BypassPrecond(NetworkDenoiser):
     Args:
         network: called as network(inputs, noise_labels, class_labels), with inputs (B, C', H, W) and
             noise_labels (B,); returns (B, C, H, W). C' is 2 C with `show_gaussian`, else C.
-        gaussian: fitted to the training data; its event shape is that of the model.
-        gate: factor of the network's output over sigma, in [0, 1]; default: 1 everywhere.
+        gaussian: fitted to the training data; its event shape is that of the model. Or a mixture, which with
+            classes makes the base class-conditional; it needs `error`.
+        gate: factor of all that is not Gaussian over sigma, in [0, 1]; default: 1 everywhere.
         show_gaussian: whether the network sees D_gauss(x, sigma) as additional channels, which lets it undo
             a global linear map that convolutions cannot compute.
-        blend: whether the base fades from the Gaussian to the isotropic skip at low noise.
+        base: "blend" as above; "gaussian", w = 0; "isotropic", w = 1, EDM's skip about the data's moments.
+        whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of c_in (x - mu).
+        error: the base's error measured on held-out data, in place of the closed form.
+        gate_tol: where the gate is below it, it is closed. A batch of such levels does without the network.
+        sigma_data: with base="isotropic": D_iso, c_in and c_out are EDM's, about 0 with this deviation.
+        sigma_min: lowest level that the network was made for.
+        sigma_max: highest level that the network was made for.
 
     Raises:
-        ValueError: if the network's `in_channels` or `out_channels` do not fit, or the Gaussian has no
-            variance.
+        ValueError: if the network's `in_channels` or `out_channels` do not fit, the Gaussian has no
+            variance, or options exclude each other.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        gaussian: GaussianDenoiser,
+        gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
         gate: Gate | None = None,
         show_gaussian: bool = True,
-        blend: bool = True,
+        base: Base = "blend",
+        *,
+        whiten: bool = False,
+        error: MeasuredError | None = None,
+        gate_tol: float = 0.01,
+        sigma_data: float | None = None,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
     ) -> None:
         super().__init__()
         channels = gaussian.event_shape[0]
@@ -131,15 +93,84 @@ class BypassPrecond(NetworkDenoiser):
                 )
         if not float(gaussian.variance) > 0:
             raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
+        if base not in get_args(Base):
+            raise ValueError(f"expected base to be one of {', '.join(get_args(Base))}, got {base!r}")
+        if isinstance(gaussian, GaussianMixtureDenoiser):
+            if error is None:
+                raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
+            if whiten:
+                raise ValueError("expected whiten=False with a mixture, which has no one covariance")
+            if gaussian.component_labels is not None and getattr(network, "label_dropout", 0):
+                raise ValueError(
+                    "expected a network with label_dropout=0 in a class-conditional base, got "
+                    f"{network.label_dropout}: drop labels before the model, where both of them see it"
+                )
+        if not 0 <= gate_tol < 1:
+            raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
+        if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):
+            raise ValueError(
+                f"expected a finite sigma_data > 0, with base='isotropic', got {sigma_data} with {base!r}"
+            )
         self.model = network
         self.gaussian = gaussian
         self.gate = gate
+        self.error = error
         self.show_gaussian = show_gaussian
-        self.blend = blend
+        self.base = base
+        self.whiten = whiten
+        self.gate_tol = gate_tol
+        self.sigma_data = sigma_data
+        self.sigma_min, self.sigma_max = check_range(sigma_min, sigma_max)
+
+    @classmethod
+    def from_edm(
+        cls,
+        edm_model: EDMPrecond,
+        gaussian: GaussianDenoiser,
+        sigma_gate: float | None = None,
+        tol: float = 0.1,
+        n_queries: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """A trained EDM model that is exactly Gaussian, and free, above a noise level.
+
+        Args:
+            edm_model: below the level, the result is this denoiser. Its network is shared, not copied.
+            gaussian: fitted to the model's training data.
+            sigma_gate: the level. Default: the lowest of 31 from 0.5 to 80 above which the two denoisers
+                differ, in mean square over draws of N(mu, Sigma + sigma^2 I), by less than (tol e(sigma))^2.
+            tol: as above.
+            n_queries: number of draws at each level.
+            generator: draws them, on the Gaussian's device.
+
+        Raises:
+            ValueError: if event shapes differ, or the two denoisers do, at the highest level, too.
+        """
+        if edm_model.event_shape != gaussian.event_shape:
+            shapes = f"{tuple(edm_model.event_shape)} and {tuple(gaussian.event_shape)}"
+            raise ValueError(f"expected a model and a Gaussian of one event shape, got {shapes}")
+        if sigma_gate is None:
+            sigma_gate = find_sigma_gate(edm_model, gaussian, tol, n_queries, generator)
+        model = cls(
+            edm_model.model,
+            gaussian,
+            Gate.step(sigma_gate).to(gaussian.mean.device),
+            show_gaussian=False,
+            base="isotropic",
+            sigma_data=edm_model.sigma_data,
+            sigma_min=edm_model.sigma_min,
+            sigma_max=edm_model.sigma_max,
+        )
+        return model.train(edm_model.training)
 
     @property
     def event_shape(self) -> torch.Size:
         return self.gaussian.event_shape
+
+    @property
+    def sigma_gate(self) -> float:
+        """The level above which the model is its Gaussian; inf without a gate that closes."""
+        return math.inf if self.gate is None else self.gate.closes(max(self.gate_tol, 1e-30))
 
     def forward(
         self,
@@ -151,61 +182,101 @@ class BypassPrecond(NetworkDenoiser):
         batch_shape = self._batch_shape(x)
         dtype = result_dtype(x)
         level = as_sigma(sigma, x, batch_shape, dtype).expand(batch_shape)
-        gaussian = self.gaussian(x, level)
-        c_in = torch.rsqrt(self.gaussian.variance.to(dtype) + level**2)
-        inputs = expand_as_event(c_in, len(self.event_shape)) * (x.to(dtype) - self.gaussian.mean.to(dtype))
+        gaussian = self.gaussian(x, level, class_labels)
+        g = self._open(level)
+        # In training, every process of a group has to go through its network.
+        if self.gate is not None and not self.training and known_true((g == 0).all()):
+            return gaussian
+        inputs = self._inputs(x, level)
         if self.show_gaussian:
             inputs = torch.cat([inputs, gaussian], dim=1)  # (B, 2 C, H, W)
         output = self._evaluate(inputs, torch.log(level) / 4, class_labels, augment_labels)
-        scale = self.c_out(level)
-        if self.gate is not None:
-            scale = scale * self.gate(level).to(dtype)
-        residual = expand_as_event(scale, len(self.event_shape)) * output
-        return (self._blend(x, level, gaussian) + residual).to(dtype)
+        share = self._share(level, g)
+        residual = expand_as_event(g * self._c_out(level, share), len(self.event_shape)) * output
+        return (self._blend(x, level, gaussian, share) + residual).to(dtype)
 
-    def base(self, x: Tensor, sigma: Sigma) -> Tensor:
-        """What the model is without its network: D_gauss, blended with D_iso if `blend`."""
+    def untrained(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        """The base: what the model is without its network. Arguments as in `forward`."""
         level = as_sigma(sigma, x, self._batch_shape(x), result_dtype(x))
-        return self._blend(x, level, self.gaussian(x, level))
+        share = self._share(level, self._open(level))
+        return self._blend(x, level, self.gaussian(x, level, class_labels), share)
 
     def c_out(self, sigma: Sigma) -> Tensor:
         """The root mean squared error per dimension of the base, and scale of the network; shape of sigma."""
-        covariance = self.gaussian.covariance
-        dtype = level_dtype(sigma, covariance.eigvals)
+        buffer = self.gaussian.variance
         shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
-        level = as_sigma(sigma, self.gaussian.mean, shape, dtype)
-        noise = level[..., None] ** 2
-        b, c_iso = self._shares(level)
-        b, c_iso = b[..., None], c_iso[..., None]
-
-        def error(lam: Tensor) -> Tensor:
-            f = b * lam / (lam + noise) + (1 - b) * c_iso
-            return (1 - f) ** 2 * lam + f**2 * noise
-
-        return torch.sqrt(covariance.trace(error, dtype) / covariance.dim)
+        level = as_sigma(sigma, buffer, shape, level_dtype(sigma, buffer))
+        return self._c_out(level, self._share(level, self._open(level)))
 
     def weight(self, sigma: Sigma) -> Tensor:
         """The loss weight 1/c_out^2 of the squared denoising error; shape of sigma."""
         return self.c_out(sigma) ** -2
 
-    def _shares(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """b, the weight of the Gaussian in the base, and c_iso = v/(v + s^2), the isotropic skip."""
-        covariance = self.gaussian.covariance
-        variance = self.gaussian.variance.to(level.dtype)
-        noise = level**2
-        if not self.blend:
-            return torch.ones_like(level), variance / (variance + noise)
-        # 1 - e^2/s^2 as a sum of positive terms: nothing cancels at low noise
-        b = covariance.trace(lambda lam: noise[..., None] / (lam + noise[..., None]), level.dtype)
-        return b / covariance.dim, variance / (variance + noise)
+    @property
+    def _covariance(self) -> Covariance:
+        assert isinstance(self.gaussian, GaussianDenoiser)
+        return self.gaussian.covariance
 
-    def _blend(self, x: Tensor, level: Tensor, gaussian: Tensor) -> Tensor:
-        if not self.blend:
+    def _moments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the isotropic skip and of c_in."""
+        mean, v = self.gaussian.mean.to(dtype), self.gaussian.variance.to(dtype)
+        if self.sigma_data is not None:
+            return torch.zeros_like(mean), torch.full_like(v, self.sigma_data**2)
+        return mean, v
+
+    def _open(self, level: Tensor) -> Tensor:
+        """g, 0 where the gate is closed; shape of the level."""
+        if self.gate is None:
+            return torch.ones_like(level)
+        g = self.gate(level).to(level.dtype)
+        return torch.where(g < self.gate_tol, 0, g)
+
+    def _share(self, level: Tensor, g: Tensor) -> Tensor:
+        """G w, the isotropic share of the base; shape of the level."""
+        if self.base == "gaussian":
+            return torch.zeros_like(level)
+        if self.base == "isotropic":
+            return g
+        noise = level**2
+        if self.error is not None:
+            w = (
+                self.error.error(level, torch.zeros_like(level), self.gaussian.variance.to(level.dtype))
+                / noise
+            )
+            return g * w.clamp(max=1)
+        cov = self._covariance
+        return g * cov.trace(lambda lam: lam / (lam + noise[..., None]), level.dtype) / cov.dim
+
+    def _c_out(self, level: Tensor, share: Tensor) -> Tensor:
+        _, v = self._moments(level.dtype)
+        if self.sigma_data is not None:  # what the network was trained with
+            return torch.sqrt(v * level**2 / (v + level**2))
+        if self.error is not None:
+            return torch.sqrt(self.error.error(level, share, v))
+        noise, share = level[..., None] ** 2, share[..., None]
+
+        def error(lam: Tensor) -> Tensor:
+            f = (1 - share) * lam / (lam + noise) + share * v / (v + noise)
+            return (1 - f) ** 2 * lam + f**2 * noise
+
+        return torch.sqrt(self._covariance.trace(error, level.dtype) / self._covariance.dim)
+
+    def _inputs(self, x: Tensor, level: Tensor) -> Tensor:
+        if self.whiten:
+            assert isinstance(self.gaussian, GaussianDenoiser)
+            return self.gaussian.filter(lambda lam, s: torch.rsqrt(lam + s**2), x, level).to(level.dtype)
+        mean, v = self._moments(level.dtype)
+        return expand_as_event(torch.rsqrt(v + level**2), len(self.event_shape)) * (x.to(level.dtype) - mean)
+
+    def _blend(self, x: Tensor, level: Tensor, gaussian: Tensor, share: Tensor) -> Tensor:
+        if self.base == "gaussian":
             return gaussian
-        b, c_iso = (expand_as_event(share, len(self.event_shape)) for share in self._shares(level))
-        mean = self.gaussian.mean.to(gaussian.dtype)
-        isotropic = mean + c_iso * (x.to(gaussian.dtype) - mean)
-        return torch.lerp(isotropic, gaussian, b.expand_as(gaussian))
+        mean, v = self._moments(gaussian.dtype)
+        c_skip = expand_as_event(v / (v + level**2), len(self.event_shape))
+        isotropic = mean + c_skip * (x.to(gaussian.dtype) - mean)
+        return torch.lerp(
+            gaussian, isotropic, expand_as_event(share, len(self.event_shape)).expand_as(gaussian)
+        )
 
     def to_arguments(self) -> dict[str, Any]:
         return {
@@ -213,18 +284,20 @@ class BypassPrecond(NetworkDenoiser):
             "gaussian": describe(self.gaussian),
             "gate": None if self.gate is None else describe(self.gate),
             "show_gaussian": self.show_gaussian,
-            "blend": self.blend,
+            "base": self.base,
+            "whiten": self.whiten,
+            "error": None if self.error is None else describe(self.error),
+            "gate_tol": self.gate_tol,
+            "sigma_data": self.sigma_data,
+            **range_arguments(self),
         }
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
-        return cls(
-            build(arguments["network"]),
-            build(arguments["gaussian"]),
-            None if arguments["gate"] is None else build(arguments["gate"]),
-            show_gaussian=arguments["show_gaussian"],
-            blend=arguments["blend"],
-        )
+        options = {**arguments, "sigma_max": arguments["sigma_max"] or math.inf}
+        for name in ("network", "gaussian", "gate", "error"):
+            options[name] = None if options[name] is None else build(options[name])
+        return cls(**options)
 
 
 class EDMPrecond(BypassPrecond):
@@ -234,23 +307,32 @@ class EDMPrecond(BypassPrecond):
         network: as in `BypassPrecond`, with as many input as output channels.
         sigma_data: assumed standard deviation of the data.
         event_shape: shape of one sample; default: the network's `in_channels` and `img_resolution`.
+        sigma_min: lowest level that the network was made for.
+        sigma_max: highest level that the network was made for.
 
     Raises:
         ValueError: if sigma_data is not positive, or the network's channels do not fit.
     """
 
     def __init__(
-        self, network: nn.Module, sigma_data: float = 0.5, event_shape: tuple[int, ...] | None = None
+        self,
+        network: nn.Module,
+        sigma_data: float = 0.5,
+        event_shape: tuple[int, ...] | None = None,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
     ) -> None:
         if not 0 < sigma_data < float("inf"):
             raise ValueError(f"expected a finite sigma_data > 0, got {sigma_data}")
         if event_shape is None:
             event_shape = image_shape(network)
         gaussian = GaussianDenoiser.isotropic(torch.zeros(event_shape), sigma_data**2)
-        super().__init__(network, gaussian, show_gaussian=False, blend=False)
+        super().__init__(
+            network, gaussian, show_gaussian=False, base="gaussian", sigma_min=sigma_min, sigma_max=sigma_max
+        )
         self.sigma_data = sigma_data
         # sigma_data says it all: without these, state dicts are those of EDM, key by key.
-        for module in (self.gaussian, self.gaussian.covariance):
+        for module in (gaussian, gaussian.covariance):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, buffer, persistent=False)
 
@@ -259,20 +341,15 @@ class EDMPrecond(BypassPrecond):
             "network": describe(self.model),
             "sigma_data": self.sigma_data,
             "event_shape": list(self.event_shape),
+            **range_arguments(self),
         }
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
-        return cls(build(arguments["network"]), arguments["sigma_data"], tuple(arguments["event_shape"]))
-
-
-def image_shape(network: nn.Module) -> tuple[int, ...]:
-    """The shape of a network's events: its channels, and a square unless its resolution lists the axes."""
-    channels, resolution = (getattr(network, name, None) for name in ("in_channels", "img_resolution"))
-    if not (isinstance(channels, int) and isinstance(resolution, int | list | tuple)):
-        raise ValueError(
-            f"expected event_shape for {type(network).__name__}, "
-            "a network that has no in_channels and img_resolution"
+        return cls(
+            build(arguments["network"]),
+            arguments["sigma_data"],
+            tuple(arguments["event_shape"]),
+            arguments["sigma_min"],
+            arguments["sigma_max"] or math.inf,
         )
-    size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-    return channels, *size

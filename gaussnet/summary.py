@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
-from gaussnet.precond import BypassPrecond, NetworkDenoiser
+from gaussnet.network_denoiser import NetworkDenoiser
+from gaussnet.precond import BypassPrecond
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SHARES = (0.5, 0.9, 0.95, 0.99)

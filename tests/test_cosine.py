@@ -470,7 +470,7 @@ def test_inside_of_the_bypass(tmp_path: Path) -> None:
     model = BypassPrecond(tiny_unet(in_channels=2).double(), cosine_fit)
     x, sigma = noised(0.5), torch.full((16,), 0.5, dtype=torch.float64)
     assert relative_error(model(x, sigma), reference(x, sigma)) < 1e-10
-    assert relative_error(model.base(x, 0.5), reference.base(x, 0.5)) < 1e-12
+    assert relative_error(model.untrained(x, 0.5), reference.untrained(x, 0.5)) < 1e-12
     assert relative_error(model.c_out(sigma), reference.c_out(sigma)) < 1e-12
     model.save_pretrained(tmp_path)
     assert torch.equal(from_pretrained(tmp_path)(x, sigma), model(x, sigma))

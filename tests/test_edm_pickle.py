@@ -984,7 +984,7 @@ INF = float("inf")
             {**dict.fromkeys(HEAD_ARGUMENTS), "args": (8, 1, 0, False, 0, INF, 0.5, "SongUNet", 9)},
             "got 9 positional",
         ),
-        ({"sigma_min": 0.01}, r"expected sigma_min, sigma_max of 0, inf, got \(0.01, inf\)"),
+        ({"sigma_min": 2.0, "sigma_max": 1.0}, "expected 0 <= sigma_min < sigma_max, got 2.0 and 1.0"),
         ({"sigma_data": -1.0}, "EDMPrecond of SongUNet: expected a finite sigma_data > 0, got -1.0"),
         ({"sigma_data": "x"}, "EDMPrecond of SongUNet: "),
         ({"beta_d": 3.0}, "EDMPrecond of SongUNet: .*unexpected keyword argument 'beta_d'"),

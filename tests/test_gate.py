@@ -2,14 +2,18 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from cases import denoiser, train_digits
+from cases import denoiser, digits, split, train_digits
 from scipy.integrate import quad
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from gaussnet import Gate, GaussianDenoiser
+from gaussnet import Gate, GaussianDenoiser, GaussianMixtureDenoiser, find_sigma_gate
+from gaussnet.fit import Data
+from gaussnet.numerics import Sigma
 
 SIGMAS = torch.tensor([0.1, 0.4, 2.0, 30.0])
 VALUES = torch.tensor([0.95, 0.7, 0.2, 0.05])
@@ -50,9 +54,10 @@ def test_shape_follows_sigma(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("sigmas", "values", "message"),
     [
-        (SIGMAS, VALUES[:3], r"one shape \(n,\), n >= 2, got \(4,\) and \(3,\)"),
-        (SIGMAS[:1], VALUES[:1], r"n >= 2, got \(1,\) and \(1,\)"),
+        (SIGMAS, VALUES[:3], r"sigmas of shape \(n,\), n >= 2, .*, got \(4,\) and \(3,\)"),
+        (SIGMAS[:1], VALUES[:1], r"n >= 2, .*, got \(1,\) and \(1,\)"),
         (SIGMAS[None], VALUES[None], r"got \(1, 4\) and \(1, 4\)"),
+        (SIGMAS, VALUES[:, None], r"gate values of shape \(n,\), got \(4, 1\)"),
         (SIGMAS.flip(0), VALUES, "increasing positive sigmas, got"),
         (SIGMAS[[0, 1, 1, 2]], VALUES, "increasing positive sigmas"),
         (SIGMAS - 0.1, VALUES, "increasing positive sigmas"),
@@ -76,6 +81,32 @@ def test_life_cycle() -> None:
     assert twin(SIGMAS).equal(gate(SIGMAS))
     assert repr(gate) == "Gate(size=4)"
     assert gate.double()(0.4).dtype == torch.float64
+
+
+# Closing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tol", [0.06, 0.2, 0.5, 0.9])
+def test_it_closes_where_it_falls_below_the_tolerance(tol: float) -> None:
+    gate = table(torch.float64)
+    level = gate.closes(tol)
+    assert float(gate(level)) == pytest.approx(tol, abs=1e-6)
+    assert float(gate(level * 1.01)) < tol
+    assert float(gate(level * 0.99)) > tol
+
+
+def test_it_closes_nowhere_or_everywhere() -> None:
+    assert table().closes(0.05) == table().closes(0.0) == math.inf, "its last value is that"
+    assert table().closes(0.96) == 0.0
+    bumpy = Gate(SIGMAS, torch.tensor([0.05, 0.7, 0.01, 0.0]))
+    assert 0.4 < bumpy.closes(0.1) < 2.0, "not where it was below before it rose"
+
+
+def test_step() -> None:
+    gate = Gate.step(7.3)
+    level = torch.tensor([0.01, 7.3, 7.301, 80.0])
+    assert gate(level).tolist() == [1, 1, 0, 0]
+    assert gate.closes(0.01) == pytest.approx(7.3, rel=1e-4)
 
 
 # Fit ----------------------------------------------------------------------------------------------
@@ -147,3 +178,77 @@ def test_on_two_points_it_is_the_integral() -> None:
 def test_impossible_sigma(sigma: float | Tensor) -> None:
     with pytest.raises(ValueError, match="expected sigma to be finite and > 0"):
         Gate(torch.tensor([0.1, 1.0]), torch.tensor([0.9, 0.1]))(sigma)
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def _fitted(data: Data, **options: Any) -> Tensor:
+    gaussian = GaussianDenoiser.fit(train_digits())
+    generator = torch.Generator().manual_seed(0)
+    return Gate.fit(gaussian, data, [0.5, 1.5, 4.0], 200, generator, **options).values
+
+
+def test_arrays_streams_and_integers_are_one() -> None:
+    data = train_digits()
+    expected = _fitted(data)
+    assert _fitted(data.numpy()).equal(expected)
+    levels = ((data + 1) * 8).round().byte()  # 0..16
+    gaussian = GaussianDenoiser.fit(levels)
+    generator = torch.Generator().manual_seed(0)
+    integers = Gate.fit(gaussian, levels, [4.0, 12.0, 32.0], 200, generator).values
+    torch.testing.assert_close(integers.double(), expected, rtol=1e-5, atol=1e-6)
+    stream = _fitted(DataLoader(TensorDataset(data, torch.zeros(len(data))), batch_size=100))
+    torch.testing.assert_close(stream, expected, rtol=0.1, atol=0)  # it draws other queries
+
+
+def test_a_share_of_many_data_stands_for_them() -> None:
+    data = train_digits()
+    some = _fitted(data, max_data=500)
+    assert some[0] == pytest.approx(float(_fitted(data)[0]), rel=0.2)
+    assert _fitted(iter([data]), max_data=500)[0] == pytest.approx(float(some[0]), rel=0.2)
+
+
+def test_classes_leave_more_to_learn() -> None:
+    classes = digits()[1][split()[0]]
+    plain, classy = _fitted(train_digits()), _fitted(train_digits(), labels=classes)
+    assert bool((classy[1:] > 1.02 * plain[1:]).all()), (plain, classy)
+
+
+def test_the_gate_of_a_mixture_is_lower() -> None:
+    data = train_digits()
+    mixture = GaussianMixtureDenoiser.fit(data, 10)
+    generator = torch.Generator().manual_seed(0)
+    ours = Gate.fit(mixture, data, [0.5, 1.5, 4.0], 200, generator).values
+    assert bool((ours[1:] < _fitted(data)[1:]).all())
+
+
+def test_data_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"data of shape \(N, 1, 8, 8\), got \(3, 1, 4, 4\)"):
+        _fitted(torch.zeros(3, 1, 4, 4))
+    with pytest.raises(ValueError, match="one integer label for each of 1437 samples"):
+        _fitted(train_digits(), labels=torch.zeros(3).long())
+    with pytest.raises(ValueError, match="at least one batch"):
+        _fitted(iter([]))
+
+
+# From the model alone -----------------------------------------------------------------------------
+
+
+class Off(GaussianDenoiser):
+    """A Gaussian that errs by 0.2 e(sigma) below sigma = 5."""
+
+    def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        error = 0.2 * self.bayes_error(sigma).sqrt() * (float(sigma) < 5)
+        return super().forward(x, sigma) + error
+
+
+def test_finds_where_a_model_is_its_gaussian() -> None:
+    gaussian = GaussianDenoiser.fit(train_digits())
+    model = Off(gaussian.mean, gaussian.covariance)
+    assert find_sigma_gate(gaussian, gaussian) == pytest.approx(0.5)
+    assert 5.0 <= find_sigma_gate(model, gaussian, tol=0.19) < 6.0
+    assert find_sigma_gate(model, gaussian, tol=0.21) == pytest.approx(0.5)
+    other = GaussianDenoiser(gaussian.mean + 1, gaussian.covariance)
+    with pytest.raises(ValueError, match=r"less than 0.1 e\(sigma\) at sigma = 80, got 1.8"):
+        find_sigma_gate(other, gaussian)

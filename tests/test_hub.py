@@ -60,7 +60,7 @@ def test_config_names_class_arguments_and_version(tmp_path: Path) -> None:
     assert set(config) == {"class_name", "arguments", "gaussnet_version"}
     assert (config["class_name"], config["gaussnet_version"]) == ("BypassPrecond", gaussnet.__version__)
     assert config["arguments"]["network"]["class_name"] == "SongUNet"
-    assert config["arguments"]["gate"] == {"class_name": "Gate", "arguments": {"size": 3}}
+    assert config["arguments"]["gate"] == {"class_name": "Gate", "arguments": {"shape": [3]}}
     assert "pickle" not in str(list(tmp_path.iterdir()))
 
 
@@ -88,10 +88,10 @@ def test_settings_are_restored(tmp_path: Path) -> None:
     assert delta.data_labels.tolist() == [0, 1, 2, 3, 4]
     EDMPrecond(tiny_unet(), sigma_data=0.7).save_pretrained(tmp_path / "edm")
     assert EDMPrecond.from_pretrained(tmp_path / "edm").sigma_data == 0.7
-    model = BypassPrecond(tiny_unet(), gaussian(event_shape=EVENT), show_gaussian=False, blend=False)
+    model = BypassPrecond(tiny_unet(), gaussian(event_shape=EVENT), show_gaussian=False, base="gaussian")
     model.float().save_pretrained(tmp_path / "bypass")
     loaded = BypassPrecond.from_pretrained(tmp_path / "bypass")
-    assert (loaded.show_gaussian, loaded.blend, loaded.gate) == (False, False, None)
+    assert (loaded.show_gaussian, loaded.base, loaded.gate) == (False, "gaussian", None)
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_registered_networks_round_trip(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
     assert loaded(x, 0.5).equal(model(x, 0.5))
-    assert relative_error(loaded(x, 0.5), model.base(x, 0.5)) > 1e-6
+    assert relative_error(loaded(x, 0.5), model.untrained(x, 0.5)) > 1e-6
 
 
 def test_describe_and_build_are_inverse() -> None:

@@ -76,12 +76,12 @@ def test_models_of_any_event_shape(event_shape: tuple[int, ...], tmp_path: Path)
     gaussian, x = GaussianDenoiser.fit(torch.randn(40, *event_shape)), torch.randn(5, *event_shape)
     channels, *size = event_shape
     bypass = BypassPrecond(MLP(size, 2 * channels, channels), gaussian)
-    assert bypass(x, 0.5).equal(bypass.base(x, 0.5))
+    assert bypass(x, 0.5).equal(bypass.untrained(x, 0.5))
     for model in (
         BypassPrecond(awake(size, 2 * channels, channels), gaussian),
         EDMPrecond(awake(size, channels, channels), event_shape=event_shape),
     ):
-        assert relative_error(model(x, 0.5), model.base(x, 0.5)) > 1e-3
+        assert relative_error(model(x, 0.5), model.untrained(x, 0.5)) > 1e-3
         model.save_pretrained(tmp_path)
         assert from_pretrained(tmp_path)(x, 0.5).equal(model.eval()(x, 0.5))
 

@@ -108,12 +108,12 @@ def test_all_arguments_are_in_the_config(name: str) -> None:
 
 
 @networks
-@pytest.mark.parametrize("blend", [True, False])
-def test_untrained_model_is_exactly_the_gaussian(name: str, blend: bool) -> None:
+@pytest.mark.parametrize("base", ["blend", "gaussian"])
+def test_untrained_model_is_exactly_the_gaussian(name: str, base: Any) -> None:
     gaussian, x = denoiser("gaussian-full", torch.float32), noised(0.5, 4, torch.float32)
-    model = BypassPrecond(tiny(name), gaussian, blend=blend)
-    assert model(x, 0.5).equal(model.base(x, 0.5))
-    assert blend or model(x, 0.5).equal(gaussian(x, 0.5))
+    model = BypassPrecond(tiny(name), gaussian, base=base)
+    assert model(x, 0.5).equal(model.untrained(x, 0.5))
+    assert base == "blend" or model(x, 0.5).equal(gaussian(x, 0.5))
 
 
 @networks
@@ -125,7 +125,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     classes = torch.tensor([0, 3, 1])
     assert loaded(x, 0.5, classes).equal(model(x, 0.5, classes))
     assert relative_error(model(x, 0.5, classes), model(x, 0.5)) > 1e-4
-    assert relative_error(model(x, 0.5), model.base(x, 0.5)) > 1e-3
+    assert relative_error(model(x, 0.5), model.untrained(x, 0.5)) > 1e-3
 
 
 @networks

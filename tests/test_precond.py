@@ -1,6 +1,9 @@
 """The bypass: its base, its scale, its inputs; and EDM as its isotropic case."""
 
-from typing import Any
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,34 +12,55 @@ from cases import (
     SIGMAS,
     cubature,
     denoiser,
+    digits,
     golden,
+    held_out_digits,
     noised,
     randn,
     relative_error,
+    split,
     tiny_unet,
     train_digits,
 )
 from torch import Tensor, nn
 
-from gaussnet import BypassPrecond, Denoiser, EDMPrecond, Gate, GaussianDenoiser, SongUNet
+from gaussnet import (
+    BypassPrecond,
+    Covariance,
+    Denoiser,
+    EDMPrecond,
+    Gate,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    MeasuredError,
+    SongUNet,
+    count_nfe,
+    from_pretrained,
+    heun,
+    karras_sigmas,
+)
+from gaussnet.precond import Base
 
 GATE = Gate(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0.9, 0.6, 0.1]))
 
 sigmas = pytest.mark.parametrize("sigma", SIGMAS)
-blends = pytest.mark.parametrize("blend", [True, False], ids=["blend", "no-blend"])
+bases = pytest.mark.parametrize("base", ["blend", "gaussian", "isotropic"])
 shown = pytest.mark.parametrize("show_gaussian", [True, False], ids=["shown", "hidden"])
 
 
 def bypass(
-    gaussian: GaussianDenoiser,
+    gaussian: Any,
     gate: Gate | None = None,
     show_gaussian: bool = True,
-    blend: bool = True,
+    base: Base = "blend",
     awake: bool = True,
+    *,
+    whiten: bool = False,
+    error: MeasuredError | None = None,
     **changes: Any,
 ) -> BypassPrecond:
     net = tiny_unet(awake, in_channels=1 + show_gaussian, **changes).to(gaussian.mean.dtype)
-    return BypassPrecond(net, gaussian, gate, show_gaussian, blend).eval()
+    return BypassPrecond(net, gaussian, gate, show_gaussian, base, whiten=whiten, error=error).eval()
 
 
 class Recorder(nn.Module):
@@ -57,18 +81,18 @@ class Recorder(nn.Module):
 
 
 @sigmas
-@blends
+@bases
 @shown
 @pytest.mark.parametrize("gate", [None, GATE], ids=["no-gate", "gate"])
-def test_untrained_it_is_its_base(sigma: float, blend: bool, show_gaussian: bool, gate: Gate | None) -> None:
+def test_untrained_it_is_its_base(sigma: float, base: Base, show_gaussian: bool, gate: Gate | None) -> None:
     gaussian = denoiser("gaussian-full", torch.float32)
-    model = bypass(gaussian, gate, show_gaussian, blend, awake=False)
+    model = bypass(gaussian, gate, show_gaussian, base, awake=False)
     x = noised(sigma, dtype=torch.float32)
-    assert model(x, sigma).equal(model.base(x, sigma))
-    assert model(x, torch.full((16,), sigma)).equal(model.base(x, torch.full((16,), sigma)))
-    if not blend:
+    assert model(x, sigma).equal(model.untrained(x, sigma))
+    assert model(x, torch.full((16,), sigma)).equal(model.untrained(x, torch.full((16,), sigma)))
+    if base == "gaussian":
         assert model(x, sigma).equal(gaussian(x, sigma))
-        assert model.base(x, sigma).equal(gaussian(x, sigma))
+        assert model.untrained(x, sigma).equal(gaussian(x, sigma))
 
 
 @sigmas
@@ -80,29 +104,29 @@ def test_the_blended_base_is_the_formula(name: str, sigma: float) -> None:
     b = 1 - gaussian.bayes_error(sigma) / noise
     isotropic = gaussian.mean + v / (v + noise) * (x - gaussian.mean)
     expected = b * gaussian(x, sigma) + (1 - b) * isotropic
-    assert relative_error(bypass(gaussian).base(x, sigma), expected) < 1e-12
+    assert relative_error(bypass(gaussian).untrained(x, sigma), expected) < 1e-12
 
 
 # Scale --------------------------------------------------------------------------------------------
 
 
-@blends
+@bases
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.2, 1.0, 5.0, 80.0])
-def test_c_out_is_the_measured_error_of_the_base(sigma: float, blend: bool) -> None:
+def test_c_out_is_the_measured_error_of_the_base(sigma: float, base: Base) -> None:
     data = train_digits()[:100]
-    model = bypass(GaussianDenoiser.fit(data, shrinkage="none"), blend=blend)
+    model = bypass(GaussianDenoiser.fit(data, shrinkage="none"), base=base)
     x = (data + sigma * cubature()).flatten(0, 1)
-    error = (model.base(x, sigma) - data.repeat(128, 1, 1, 1)).square().mean()
+    error = (model.untrained(x, sigma) - data.repeat(128, 1, 1, 1)).square().mean()
     torch.testing.assert_close(model.c_out(sigma) ** 2, error, rtol=1e-9, atol=0)
 
 
-@blends
+@bases
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.2, 1.0, 5.0, 80.0])
-def test_the_training_target_has_unit_variance(sigma: float, blend: bool) -> None:
+def test_the_training_target_has_unit_variance(sigma: float, base: Base) -> None:
     data = train_digits()
-    model = bypass(GaussianDenoiser.fit(data, shrinkage="none"), blend=blend)
+    model = bypass(GaussianDenoiser.fit(data, shrinkage="none"), base=base)
     x = data + sigma * randn(*data.shape, seed=3)
-    squares = ((data - model.base(x, sigma)) / model.c_out(sigma)).square().flatten(1).mean(1)
+    squares = ((data - model.untrained(x, sigma)) / model.c_out(sigma)).square().flatten(1).mean(1)
     standard_error = squares.std() / len(squares) ** 0.5
     assert standard_error < 0.02, "the sample is too small to tell"
     assert abs(squares.mean() - 1) < 4 * standard_error
@@ -113,17 +137,17 @@ def test_the_training_target_has_unit_variance(sigma: float, blend: bool) -> Non
 def test_without_blend_c_out_is_the_bayes_error(name: str, sigma: float) -> None:
     gaussian = denoiser(name)
     error = gaussian.bayes_error(sigma)
-    plain, blended = bypass(gaussian, blend=False), bypass(gaussian)
+    plain, blended = bypass(gaussian, base="gaussian"), bypass(gaussian)
     torch.testing.assert_close(plain.c_out(sigma) ** 2, error, rtol=1e-11, atol=0)
     assert blended.c_out(sigma) ** 2 >= error * (1 - 1e-12), "the Gaussian is the best affine denoiser"
     torch.testing.assert_close(blended.weight(sigma) * blended.c_out(sigma) ** 2, torch.ones_like(error))
 
 
 @sigmas
-@blends
-def test_c_out_in_float32_and_per_sample(sigma: float, blend: bool) -> None:
-    single = bypass(denoiser("gaussian-full", torch.float32), blend=blend)
-    double = bypass(denoiser("gaussian-full", torch.float32).double(), blend=blend)
+@bases
+def test_c_out_in_float32_and_per_sample(sigma: float, base: Base) -> None:
+    single = bypass(denoiser("gaussian-full", torch.float32), base=base)
+    double = bypass(denoiser("gaussian-full", torch.float32).double(), base=base)
     assert relative_error(single.c_out(sigma), double.c_out(sigma)) < 1e-5
     together = double.c_out(torch.tensor([0.3, sigma], dtype=torch.float64))
     assert together.shape == (2,)
@@ -141,11 +165,11 @@ def test_c_out_at_impossible_levels(sigma: float) -> None:
 
 
 @shown
-@blends
+@bases
 @sigmas
-def test_what_the_network_sees_and_does(show_gaussian: bool, blend: bool, sigma: float) -> None:
+def test_what_the_network_sees_and_does(show_gaussian: bool, base: Base, sigma: float) -> None:
     gaussian, x, net = denoiser("gaussian-full"), noised(sigma), Recorder()
-    model = BypassPrecond(net, gaussian, GATE, show_gaussian, blend)
+    model = BypassPrecond(net, gaussian, GATE, show_gaussian, base)
     labels = torch.arange(16)
     out = model(x, sigma, labels, augment_labels=torch.ones(16, 9))
     inputs, noise_labels, class_labels = net.calls[0]
@@ -160,20 +184,26 @@ def test_what_the_network_sees_and_does(show_gaussian: bool, blend: bool, sigma:
     model(x, sigma)
     assert net.extra == {}
     # The network says 1: what is added to the base is g c_out.
-    added = (out - model.base(x, sigma)) / model.c_out(sigma)
+    added = (out - model.untrained(x, sigma)) / model.c_out(sigma)
     torch.testing.assert_close(added, GATE(sigma).double().expand_as(added), rtol=1e-6, atol=1e-9)
 
 
 @sigmas
-def test_the_gate_multiplies_the_network(sigma: float) -> None:
-    gaussian, x = denoiser("gaussian-full"), noised(sigma)
-    free, gated = bypass(gaussian), bypass(gaussian, GATE)
-    base = free.base(x, sigma)
-    residual = free(x, sigma) - base
-    assert residual.norm() > 0.01 * free.c_out(sigma) * residual.numel() ** 0.5, "an awake network"
-    torch.testing.assert_close(gated(x, sigma), base + GATE(sigma).double() * residual, rtol=1e-6, atol=1e-9)
-    closed = bypass(gaussian, Gate(torch.tensor([0.1, 1.0]), torch.zeros(2)))
-    assert closed(x, sigma).equal(closed.base(x, sigma))
+@bases
+def test_the_gate_multiplies_all_that_is_not_gaussian(sigma: float, base: Base) -> None:
+    gaussian, x, net = denoiser("gaussian-full"), noised(sigma), Recorder()
+    model = BypassPrecond(net, gaussian, GATE, base=base)
+    g, cov = GATE(sigma).double(), gaussian.covariance.dense()
+    w = {"blend": float(gaussian.bayes_error(sigma) / sigma**2), "gaussian": 0.0, "isotropic": 1.0}[base]
+    v = cov.trace() / 64
+    isotropic = gaussian.mean + v / (v + sigma**2) * (x - gaussian.mean)
+    expected = gaussian(x, sigma) + g * (w * (isotropic - gaussian(x, sigma)) + model.c_out(sigma))
+    assert relative_error(model(x, sigma), expected) < 1e-6
+    f = torch.linalg.solve(cov + sigma**2 * torch.eye(64), cov)
+    f = (1 - g * w) * f + g * w * v / (v + sigma**2) * torch.eye(64)
+    rest = torch.eye(64) - f
+    error = ((rest @ cov @ rest.mT).trace() + sigma**2 * (f @ f.mT).trace()) / 64
+    torch.testing.assert_close(model.c_out(sigma) ** 2, error, rtol=1e-6, atol=0)
 
 
 def test_class_labels_reach_conditional_networks_only() -> None:
@@ -199,27 +229,27 @@ def test_training_reaches_the_network_and_nothing_else() -> None:
     assert moved == {"model"}
 
 
-@pytest.mark.parametrize("blend", [True, False])
-def test_autocast_leaves_the_base_alone(blend: bool) -> None:
-    model = bypass(denoiser("gaussian-full", torch.float32), GATE, blend=blend, awake=False)
+@bases
+def test_autocast_leaves_the_base_alone(base: Base) -> None:
+    model = bypass(denoiser("gaussian-full", torch.float32), GATE, base=base, awake=False)
     x = noised(0.05, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, 0.05)
     assert out.dtype == torch.float32
-    assert out.equal(model.base(x, 0.05))
+    assert out.equal(model.untrained(x, 0.05))
 
 
 # EDM ----------------------------------------------------------------------------------------------
 
 
 @sigmas
-@blends
+@bases
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
-def test_the_isotropic_bypass_is_edm(sigma: float, blend: bool, sigma_data: float) -> None:
+def test_the_isotropic_bypass_is_edm(sigma: float, base: Base, sigma_data: float) -> None:
     net, x = tiny_unet(), noised(sigma, dtype=torch.float32)
     edm = EDMPrecond(net, sigma_data)
     gaussian = GaussianDenoiser.isotropic(torch.zeros(EVENT), sigma_data**2)
-    model = BypassPrecond(net, gaussian, show_gaussian=False, blend=blend)
+    model = BypassPrecond(net, gaussian, show_gaussian=False, base=base)
     assert relative_error(model(x, sigma), edm(x, sigma)) < 1e-6
     assert relative_error(model.c_out(sigma), edm.c_out(sigma)) < 1e-6
 
@@ -265,6 +295,256 @@ def test_every_level_is_known() -> None:
     for model in (EDMPrecond(tiny_unet()), bypass(denoiser("isotropic"))):
         assert (model.sigma_min, model.sigma_max) == (0, float("inf"))
         assert model.round_sigma(grid).equal(grid)
+
+
+def test_edm_has_a_range_of_levels() -> None:
+    edm = EDMPrecond(tiny_unet(), sigma_min=0.002, sigma_max=80)
+    assert (edm.sigma_min, edm.sigma_max) == (0.002, 80)
+    loaded = EDMPrecond.from_arguments(json.loads(json.dumps(edm.to_arguments())))
+    assert (loaded.sigma_min, loaded.sigma_max) == (0.002, 80)
+    with pytest.raises(ValueError, match="0 <= sigma_min < sigma_max, got 2 and 1"):
+        EDMPrecond(tiny_unet(), sigma_min=2, sigma_max=1)
+
+
+# A closed gate ------------------------------------------------------------------------------------
+
+CLOSING = Gate(torch.tensor([0.5, 1.0, 4.0]), torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_where_the_gate_is_closed_the_network_rests() -> None:
+    gaussian, net = denoiser("gaussian-full"), Recorder()
+    model = BypassPrecond(net, gaussian, CLOSING, gate_tol=0.25).eval()
+    assert model.sigma_gate == pytest.approx(2.0)
+    x = noised(2.1)
+    assert model(x, 2.1).equal(gaussian(x, 2.1))
+    assert model(x, torch.full((16,), 30.0)).equal(gaussian(x, 30.0))
+    assert net.calls == []
+    assert model.untrained(x, 2.1).equal(gaussian(x, 2.1)), "no isotropic share either"
+    # one open sample of the batch: the network is evaluated, and the others are Gaussian all the same
+    mixed = torch.full((16,), 2.1, dtype=torch.float64)
+    mixed[3] = 1.9
+    out = model(x, mixed)
+    assert len(net.calls) == 1
+    others = torch.arange(16) != 3
+    assert relative_error(out[others], gaussian(x, 2.1)[others]) < 1e-12
+    assert relative_error(out[3], gaussian(x, 1.9)[3]) > 0.1
+    model.train()
+    model(x, 30.0)
+    assert len(net.calls) == 2, "in training, processes must not part ways"
+
+
+def test_no_gate_no_rest() -> None:
+    gaussian, x = denoiser("gaussian-full"), noised(80.0)
+    for gate, tol, level in ((None, 0.01, math.inf), (GATE, 0.0, math.inf), (GATE, 0.05, math.inf)):
+        net = Recorder()
+        model = BypassPrecond(net, gaussian, gate, gate_tol=tol).eval()
+        assert model.sigma_gate == level
+        model(x, 80.0)
+        assert len(net.calls) == 1
+    assert BypassPrecond(Recorder(), gaussian, CLOSING, gate_tol=0.0).sigma_gate == pytest.approx(4.0)
+
+
+def test_evaluations_of_a_closed_gate_are_free() -> None:
+    model = bypass(denoiser("gaussian-full"), CLOSING)
+    grid = karras_sigmas(18)
+    closed = int((grid > model.sigma_gate).sum())
+    assert 2 < closed < 12
+    with count_nfe(model) as nfe:
+        heun(model, 80 * randn(2, *EVENT), grid)
+    assert nfe() == 35 - 2 * closed + 1, "the first open level is that of a corrector"
+
+
+def test_compiled_without_graph_breaks_and_with_one_recompilation() -> None:
+    torch.compiler.reset()
+    compilations: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    model = bypass(denoiser("gaussian-full", torch.float32), CLOSING)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = noised(0.5, dtype=torch.float32)
+    for sigma in (torch.tensor(0.5), torch.tensor(0.9), torch.full((16,), 0.7), torch.full((16,), 30.0)):
+        assert relative_error(compiled(x, sigma), model(x, sigma)) < 1e-5, sigma
+    assert len(compilations) == 2, "one for a scalar, one for a level per sample"
+
+
+# Calibration --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [20, 40, 200, 1437])
+def test_the_target_has_unit_variance_on_held_out_data(count: int) -> None:
+    heldout = held_out_digits()
+    gaussian = GaussianDenoiser.fit(train_digits()[:count])  # of 64 dimensions
+    for sigma in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0):
+        model = bypass(gaussian)
+        x = heldout + sigma * randn(*heldout.shape, seed=3)
+        variance = ((heldout - model.untrained(x, sigma)) / model.c_out(sigma)).square().mean()
+        assert float(variance) == pytest.approx(1, abs=0.06), sigma
+
+
+def test_measured_error_takes_the_place_of_the_closed_form() -> None:
+    data, heldout = train_digits()[:40], held_out_digits()
+    gaussian = GaussianDenoiser.fit(data, shrinkage="none")  # its own error is far too small
+    error = MeasuredError.fit(gaussian, heldout[::2], generator=torch.Generator().manual_seed(0))
+    fresh = heldout[1::2]
+    for base in get_args(Base):
+        model = bypass(gaussian, GATE, base=base, error=error)
+        for sigma in (0.02, 0.1, 0.5, 2.0, 20.0):
+            x = fresh + sigma * randn(*fresh.shape, seed=4)
+            variance = ((fresh - model.untrained(x, sigma)) / model.c_out(sigma)).square().mean()
+            assert float(variance) == pytest.approx(1, abs=0.15), (base, sigma)
+
+
+# Other bases --------------------------------------------------------------------------------------
+
+
+@sigmas
+def test_isotropic_base_is_edm_with_the_moments_of_the_data(sigma: float) -> None:
+    gaussian, x, net = denoiser("gaussian-full"), noised(sigma), Recorder()
+    model = BypassPrecond(net, gaussian, show_gaussian=False, base="isotropic")
+    isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
+    expected = isotropic(x, sigma) + isotropic.bayes_error(sigma).sqrt()
+    assert relative_error(model(x, sigma), expected) < 1e-10
+    torch.testing.assert_close(model.c_out(sigma) ** 2, isotropic.bayes_error(sigma), rtol=1e-9, atol=0)
+
+
+@sigmas
+def test_whitened_input(sigma: float) -> None:
+    gaussian, x, net = denoiser("gaussian-full"), noised(sigma), Recorder()
+    model = BypassPrecond(net, gaussian, whiten=True)
+    model(x, sigma)
+    inputs = net.calls[0][0]
+    lam, axes = torch.linalg.eigh(gaussian.covariance.dense())
+    expected = (x - gaussian.mean).flatten(1) @ axes @ torch.diag((lam + sigma**2) ** -0.5) @ axes.mT
+    assert relative_error(inputs[:, :1].flatten(1), expected) < 1e-9
+    other = bypass(gaussian, whiten=True)
+    assert relative_error(other(x, sigma), bypass(gaussian)(x, sigma)) > 1e-7
+
+
+def test_mixture_bypass() -> None:
+    (train, test), labels = split(), digits()[1]
+    heldout = held_out_digits()
+    mixture = GaussianMixtureDenoiser.fit(train_digits(), labels=labels[train])
+    generator = torch.Generator().manual_seed(0)
+    for own in (None, labels[test]):
+        halves = (None, None) if own is None else (own[:180], own[180:])
+        error = MeasuredError.fit(mixture, heldout[:180], generator=generator, labels=halves[0])
+        model = bypass(mixture, error=error, awake=False)
+        x, sigma = heldout[180:] + 0.3 * randn(180, *EVENT, seed=5), 0.3
+        untrained = model.untrained(x, sigma, halves[1])
+        assert model(x, sigma, halves[1]).equal(untrained)
+        w = float(((mixture(x, sigma, halves[1]) - heldout[180:]).square().mean()) / sigma**2)
+        isotropic = GaussianDenoiser.isotropic(mixture.mean, mixture.variance)(x, sigma)
+        expected = (1 - w) * mixture(x, sigma, halves[1]) + w * isotropic
+        assert relative_error(untrained, expected) < 0.02
+        variance = ((heldout[180:] - untrained) / model.c_out(sigma)).square().mean()
+        assert float(variance) == pytest.approx(1, abs=0.1), own
+    seen = bypass(mixture, error=error, label_dim=10)
+    assert relative_error(seen(x, 0.3, halves[1]), seen(x, 0.3)) > 1e-2, "classes reach the base"
+
+
+def test_options_that_exclude_each_other() -> None:
+    mixture = denoiser("mixture-classes")
+    error = MeasuredError(torch.tensor([0.1, 1.0]), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"error=MeasuredError.fit\(...\): a mixture's has no closed form"):
+        bypass(mixture)
+    with pytest.raises(ValueError, match="whiten=False with a mixture"):
+        bypass(mixture, error=error, whiten=True)
+    with pytest.raises(ValueError, match=r"label_dropout=0 in a class-conditional base, got 0.1"):
+        bypass(mixture, error=error, label_dim=10, label_dropout=0.1)
+    gaussian = denoiser("isotropic")
+    with pytest.raises(ValueError, match="base to be one of blend, gaussian, isotropic, got 'edm'"):
+        BypassPrecond(tiny_unet(in_channels=2), gaussian, base="edm")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="0 <= gate_tol < 1, got 1"):
+        BypassPrecond(tiny_unet(in_channels=2), gaussian, gate_tol=1)
+    with pytest.raises(ValueError, match=r"with base='isotropic', got 0.5 with 'blend'"):
+        BypassPrecond(tiny_unet(in_channels=2), gaussian, sigma_data=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "gaussian", "whiten": True, "gate_tol": 0.2},
+        {"base": "isotropic", "sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 50.0},
+        {"error": MeasuredError(torch.tensor([0.1, 1.0]), torch.rand(2, 3) + 1)},
+    ],
+    ids=["white", "edm", "measured"],
+)
+@pytest.mark.parametrize("name", ["gaussian-full", "mixture-classes"])
+def test_every_option_is_saved(options: dict[str, Any], name: str, tmp_path: Path) -> None:
+    if name == "mixture-classes" and "error" not in options:
+        pytest.skip("a mixture needs an error")
+    source = denoiser(name, torch.float32)
+    model = BypassPrecond(tiny_unet(in_channels=2), source, CLOSING, **options).eval()
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert isinstance(loaded, BypassPrecond)
+    assert loaded.to_arguments() == model.to_arguments()
+    assert (loaded.sigma_min, loaded.sigma_max) == (model.sigma_min, model.sigma_max)
+    x, labels = noised(0.6, 4, torch.float32), torch.arange(4)
+    assert loaded(x, 0.6, labels).equal(model(x, 0.6, labels))
+
+
+# From EDM -----------------------------------------------------------------------------------------
+
+
+def _agreeing() -> tuple[EDMPrecond, GaussianDenoiser]:
+    """An untrained EDM model, and a Gaussian of nearly its moments."""
+    eigvals = torch.cat([torch.full((60,), 0.25), torch.full((4,), 0.5)])
+    return EDMPrecond(tiny_unet(False)), GaussianDenoiser(
+        torch.zeros(EVENT), Covariance(torch.eye(64), eigvals)
+    )
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 4.9])
+def test_from_edm_is_the_model_below_the_gate(sigma: float) -> None:
+    edm = EDMPrecond(tiny_unet(label_dim=4, augment_dim=9), sigma_data=0.7, sigma_max=80).eval()
+    model = BypassPrecond.from_edm(edm, denoiser("gaussian-full", torch.float32), sigma_gate=5.0)
+    x, labels, augment = noised(sigma, 4, torch.float32), torch.arange(4), torch.rand(4, 9)
+    out = model(x, sigma, labels, augment_labels=augment)
+    assert relative_error(out, edm(x, sigma, labels, augment_labels=augment)) < 1e-6
+    torch.testing.assert_close(model.c_out(sigma), edm.c_out(sigma))
+    assert model.model is edm.model
+    assert (model.sigma_max, model.training) == (80, False)
+
+
+def test_from_edm_is_the_gaussian_above_it() -> None:
+    gaussian = denoiser("gaussian-full", torch.float32)
+    model = BypassPrecond.from_edm(EDMPrecond(tiny_unet()).eval(), gaussian, sigma_gate=5.0)
+    assert model.sigma_gate == pytest.approx(5.0, rel=1e-4)
+    x = noised(5.1, dtype=torch.float32)
+    with count_nfe(model) as nfe:
+        assert model(x, 5.1).equal(gaussian(x, 5.1))
+    assert nfe() == 0
+
+
+def test_from_edm_finds_the_gate() -> None:
+    edm, gaussian = _agreeing()
+    generator = torch.Generator().manual_seed(0)
+    model = BypassPrecond.from_edm(edm, gaussian, tol=0.05, generator=generator)
+    assert 1 < model.sigma_gate < 20
+    x = gaussian.sample(512, model.sigma_gate, generator)
+    ratio = (edm(x, model.sigma_gate) - gaussian(x, model.sigma_gate)).square().mean()
+    assert float(ratio / gaussian.bayes_error(model.sigma_gate)) ** 0.5 == pytest.approx(0.05, rel=0.3)
+
+
+def test_from_edm_refuses_what_does_not_fit() -> None:
+    awake = EDMPrecond(tiny_unet())
+    with pytest.raises(ValueError, match=r"less than 0.1 e\(sigma\) at sigma = 80"):
+        BypassPrecond.from_edm(awake, denoiser("gaussian-full", torch.float32))
+    wide = GaussianDenoiser.isotropic(torch.zeros(1, 8, 16), 1.0)
+    with pytest.raises(ValueError, match=r"one event shape, got \(1, 8, 8\) and \(1, 8, 16\)"):
+        BypassPrecond.from_edm(awake, wide)
+
+
+def test_the_state_dict_keeps_the_network_under_model() -> None:
+    edm, gaussian = _agreeing()
+    model = BypassPrecond.from_edm(edm, gaussian, sigma_gate=5.0)
+    ours = {key: value for key, value in model.state_dict().items() if key.startswith("model.")}
+    assert ours.keys() == edm.state_dict().keys()
+    assert set(model.state_dict()) - set(ours) >= {"gaussian.mean", "gate.values"}
 
 
 # Errors -------------------------------------------------------------------------------------------

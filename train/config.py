@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gaussnet.fit.spectrum import SHRINKAGES
+from gaussnet.precond import Base
 
 
 class ConfigError(ValueError):
@@ -86,7 +87,14 @@ class BypassConfig:
 
     gate: bool = True
     show_gaussian: bool = True
-    blend: bool = True
+    base: str = "blend"  # or gaussian, isotropic
+    whiten: bool = False
+    gate_tol: float = 0.01
+
+    def __post_init__(self) -> None:
+        bases = get_args(Base)
+        _expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
+        _expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from gaussnet import (
     GaussianMixtureDenoiser,
     SongUNet,
 )
+from gaussnet.precond import Base
 from train.config import Config, ConfigError, Precond
 from train.data import Data, generator_for
 
@@ -91,6 +93,13 @@ def wrap(config: Config, network: nn.Module, gaussian: GaussianDenoiser, gate: G
     """The denoiser around a network: plain EDM, or the bypass."""
     if config.precond is Precond.edm:
         return EDMPrecond(network, config.edm.sigma_data, event_shape=tuple(gaussian.event_shape))
+    options = config.bypass
     return BypassPrecond(
-        network, gaussian, gate, show_gaussian=config.bypass.show_gaussian, blend=config.bypass.blend
+        network,
+        gaussian,
+        gate,
+        options.show_gaussian,
+        cast(Base, options.base),
+        whiten=options.whiten,
+        gate_tol=options.gate_tol,
     )

@@ -180,6 +180,19 @@ class GaussianMixtureDenoiser(Denoiser):
         return self.means.shape[1:]
 
     @property
+    def mean(self) -> Tensor:
+        """The mean of the whole mixture, (*event_shape)."""
+        return self._centre(self.means.dtype).reshape(self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The mean variance per dimension of the whole mixture; 0-d."""
+        dim = self.event_shape.numel()
+        inside = self.eigvals.sum(-1) + (dim - self.eigvals.shape[1]) * self.tails  # padded by the tail
+        between = ((self.means - self.mean) ** 2).flatten(1).sum(-1)
+        return self.weights @ (inside + between) / dim
+
+    @property
     def n_components(self) -> int:
         """K, the number of components."""
         return len(self.weights)
@@ -318,7 +331,8 @@ class GaussianMixtureDenoiser(Denoiser):
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
         count = arguments["n_components"]
         means = torch.zeros(count, *arguments["event_shape"])
-        empty = Covariance(torch.zeros(means[0].numel(), arguments["rank"]), torch.zeros(arguments["rank"]))
+        rank = arguments["rank"]
+        empty = Covariance(torch.zeros(means[0].numel(), rank), torch.ones(rank), tail=1.0)
         labels = torch.zeros(count, dtype=torch.long) if arguments["labelled"] else None
         return cls(torch.ones(count), means, [empty] * count, labels)
 

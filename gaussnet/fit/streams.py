@@ -105,6 +105,56 @@ def batches(data: Data) -> Iterator[tuple[Tensor, Any]]:
         yield as_tensor(first), rest[0] if rest else None
 
 
+def subsample(
+    data: Data, count: int, labels: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """At most `count` samples, drawn without replacement, and their labels.
+
+    Args:
+        data: as everywhere in `gaussnet.fit`.
+        count: how many to keep; all of them, in their order, if there are no more.
+        labels: integer classes (N,).
+        generator: draws the samples.
+
+    Returns:
+        Samples (n, *event_shape), floating, and labels (n,) or None.
+
+    Raises:
+        TypeError: as of `batches`.
+        ValueError: if there are no data, or the labels do not fit them.
+    """
+    device = torch.device("cpu") if generator is None else generator.device
+    if isinstance(data, (Tensor, np.ndarray)):
+        size = len(data)
+        places = torch.randperm(size, generator=generator, device=device)[:count].sort().values.cpu()
+        if size <= count:
+            kept = as_tensor(data)
+        elif isinstance(data, Tensor):
+            kept = as_tensor(data[places.to(data.device)])
+        else:
+            kept = as_tensor(data[places.numpy()])  # of a memory map, this alone is read
+    else:
+        samples: list[Tensor] = []
+        slots: list[int] = []  # the place in the stream of each sample
+        size = 0
+        for images, _ in batches(data):
+            for image in images:  # reservoir sampling: of what came so far, each has the same chance
+                size += 1
+                slot = size - 1
+                if slot >= count:
+                    slot = int(torch.randint(size, (), generator=generator, device=device))
+                if slot < count:
+                    samples[slot : slot + 1], slots[slot : slot + 1] = [image.clone()], [size - 1]
+        if not samples:
+            raise ValueError("expected at least one batch of samples, got none")
+        kept, places = torch.stack(samples), torch.tensor(slots)
+    chosen = None
+    if labels is not None:
+        chosen = check_labels(labels, size)
+        chosen = chosen[places.to(chosen.device)]
+    return (kept if kept.is_floating_point() else kept.float()), chosen
+
+
 def _progress(steps: Iterable[Any]) -> Iterable[Any]:
     return tqdm(steps, desc="moments", unit="batch", delay=5, leave=False, disable=None)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.samplers.schedules import check_sigmas
 
 Callback = Callable[[dict[str, Any]], None]
@@ -87,7 +88,9 @@ def heun(
 
 @contextmanager
 def count_nfe(denoiser: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts the evaluations of a module.
+    """Counts the evaluations of a denoiser; of one that holds a network, those of the network.
+
+    A model whose gate is closed therefore counts for nothing.
 
     Example:
         >>> from gaussnet import GaussianDenoiser, heun, karras_sigmas
@@ -103,7 +106,8 @@ def count_nfe(denoiser: nn.Module) -> Iterator[Callable[[], int]]:
         nonlocal calls
         calls += 1
 
-    handle = denoiser.register_forward_pre_hook(count)
+    counted = denoiser.model if isinstance(denoiser, NetworkDenoiser) else denoiser
+    handle = counted.register_forward_pre_hook(count)
     try:
         yield lambda: calls
     finally:

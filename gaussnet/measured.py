@@ -1,0 +1,85 @@
+"""The error of a denoiser, measured on held-out data: for bases of the bypass that have no closed form.
+
+Of the base D_b = D + w (D_iso - D), blended with the isotropic skip by any share w, the squared error per
+dimension is a quadratic function of three moments of e = D(x, s) - x_0 and e_iso = D_iso(x, s) - x_0:
+
+    E||D_b - x_0||^2 / D = (1 - w)^2 E e^2 + 2 w (1 - w) E e e_iso + w^2 E e_iso^2.
+
+The table holds them in units of v s^2/(v + s^2), the isotropic denoiser's own error, of which they are
+smooth fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.fit.streams import Data, subsample
+from gaussnet.hub import register
+from gaussnet.tables import LevelTable
+
+
+@register
+class MeasuredError(LevelTable):
+    """A table of E e^2, E e e_iso, E e_iso^2 over log sigma, each over v s^2/(v + s^2); values (n, 3)."""
+
+    def __init__(self, sigmas: Tensor, values: Tensor) -> None:
+        super().__init__(sigmas, values)
+        if values.ndim != 2 or values.shape[1] != 3 or not bool(torch.isfinite(values).all()):
+            raise ValueError(f"expected finite values of shape (n, 3), got {tuple(values.shape)}")
+
+    @classmethod
+    def fit(
+        cls,
+        denoiser: GaussianDenoiser | GaussianMixtureDenoiser,
+        heldout: Data,
+        sigmas: Sequence[float] | Tensor | None = None,
+        n_queries: int = 2048,
+        generator: torch.Generator | None = None,
+        *,
+        labels: Tensor | None = None,
+    ) -> MeasuredError:
+        """Measures a denoiser on noised data that it was not fitted to.
+
+        Args:
+            denoiser: the base.
+            heldout: samples (n, *event_shape), or an iterable of batches.
+            sigmas: increasing noise levels of the table; default: 31 from 0.002 to 100, evenly in log.
+            n_queries: noised samples at each level. Fewer samples get several noises each.
+            generator: draws samples and noise.
+            labels: integer classes (n,), for a denoiser with classes.
+
+        Raises:
+            TypeError: if the data are neither an array nor an iterable of batches.
+            ValueError: if they do not fit the denoiser.
+        """
+        if sigmas is None:
+            sigmas = torch.logspace(-2.7, 2, 31, dtype=torch.float64)
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        buffer = next(denoiser.buffers())
+        clean, classes = subsample(heldout, n_queries, labels, generator)
+        repeats = -(-n_queries // len(clean))
+        clean = clean.to(buffer.device).repeat(repeats, *(1,) * (clean.ndim - 1))
+        own = None if classes is None else classes.to(buffer.device).repeat(repeats)
+        device = torch.device("cpu") if generator is None else generator.device
+        noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
+        isotropic = GaussianDenoiser.isotropic(denoiser.mean, denoiser.variance)
+        variance = float(denoiser.variance)
+        rows: list[list[float]] = []
+        with torch.no_grad():
+            for sigma in levels.tolist():
+                x = clean + sigma * noise
+                e = (denoiser(x, sigma, own) - clean).double()
+                e_iso = (isotropic(x, sigma) - clean).double()
+                unit = variance * sigma**2 / (variance + sigma**2)
+                rows.append([float((a * b).mean()) / unit for a, b in ((e, e), (e, e_iso), (e_iso, e_iso))])
+        return cls(levels.to(buffer), torch.tensor(rows, dtype=torch.float64).to(buffer))
+
+    def error(self, sigma: Tensor, share: Tensor, variance: Tensor) -> Tensor:
+        """The mean squared error per dimension of a base of which `share` is isotropic; shape of sigma."""
+        own, cross, iso = self(sigma).to(sigma.dtype).unbind(-1)
+        unit = variance * sigma**2 / (variance + sigma**2)
+        return unit * ((1 - share) ** 2 * own + 2 * share * (1 - share) * cross + share**2 * iso)

@@ -1,0 +1,76 @@
+"""The measured error of a base against what is known of it in closed form."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import cubature, digits, held_out_digits, split, train_digits
+from torch import Tensor
+
+from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MeasuredError
+
+LEVELS = [0.02, 0.1, 0.5, 2.0, 20.0]
+
+
+def fitted(denoiser: Any, heldout: Any, **options: Any) -> MeasuredError:
+    return MeasuredError.fit(denoiser, heldout, LEVELS, generator=torch.Generator().manual_seed(0), **options)
+
+
+def blended(denoiser: Any, x: Tensor, sigma: float, share: float) -> Tensor:
+    isotropic = GaussianDenoiser.isotropic(denoiser.mean, denoiser.variance)
+    return (1 - share) * denoiser(x, sigma) + share * isotropic(x, sigma)
+
+
+@pytest.mark.parametrize("sigma", LEVELS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_of_a_gaussian_on_its_own_data_it_is_the_closed_form(sigma: float, share: float) -> None:
+    data = train_digits()
+    gaussian = GaussianDenoiser.fit(data, shrinkage="none")
+    table = fitted(gaussian, data, n_queries=20_000)
+    level, w = torch.tensor(sigma, dtype=torch.float64), torch.tensor(share, dtype=torch.float64)
+    measured = float(table.error(level, w, gaussian.variance))
+    few = data[:100]
+    x = (few + sigma * cubature()).flatten(0, 1)
+    exact = (blended(gaussian, x, sigma, share) - few.repeat(128, 1, 1, 1)).square().mean()
+    assert measured == pytest.approx(float(exact), rel=0.03)
+    if share in (0, 1):
+        lam = gaussian.covariance.eigvals if share == 0 else gaussian.variance
+        bayes = float((lam * sigma**2 / (lam + sigma**2)).mean())
+        assert measured == pytest.approx(bayes, rel=0.01)
+
+
+@pytest.mark.parametrize("count", [5, 360])
+@pytest.mark.parametrize("classes", [False, True])
+def test_of_a_mixture_it_is_its_error(count: int, classes: bool) -> None:
+    labels, (train, test) = digits()[1], split()
+    mixture = GaussianMixtureDenoiser.fit(train_digits(), labels=labels[train])
+    heldout, own = held_out_digits()[:count], labels[test][:count] if classes else None
+    table = fitted(mixture, heldout, labels=own)
+    for sigma in LEVELS:
+        x = heldout.repeat(40, 1, 1, 1)
+        x = x + sigma * torch.randn(x.shape, dtype=x.dtype)
+        repeated = None if own is None else own.repeat(40)
+        error = (mixture(x, sigma, repeated) - heldout.repeat(40, 1, 1, 1)).square().mean()
+        level = torch.tensor(sigma, dtype=torch.float64)
+        measured = table.error(level, torch.zeros_like(level), mixture.variance)
+        assert float(measured) == pytest.approx(float(error), rel=0.03), sigma
+
+
+def test_moments_of_a_mixture_are_those_of_its_samples() -> None:
+    data = train_digits()
+    mixture = GaussianMixtureDenoiser.fit(data, 7, rank=12, shrinkage="none")
+    torch.testing.assert_close(mixture.mean, data.mean(0))
+    expected = (data - data.mean(0)).square().mean()
+    torch.testing.assert_close(mixture.variance, expected, rtol=1e-9, atol=0)
+
+
+def test_reproducible_with_a_generator() -> None:
+    gaussian = GaussianDenoiser.fit(train_digits())
+    assert fitted(gaussian, held_out_digits()).values.equal(fitted(gaussian, held_out_digits()).values)
+
+
+@pytest.mark.parametrize("values", [torch.ones(2), torch.ones(2, 2), torch.full((2, 3), math.nan)])
+def test_malformed_tables(values: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"finite values of shape \(n, 3\)"):
+        MeasuredError(torch.tensor([0.1, 1.0]), values)
