@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -47,6 +47,34 @@ class Rebuildable(Protocol):
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> nn.Module: ...
 
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A denoiser D(x, sigma) = E[x_0 | x_0 + sigma n = x], made with gaussnet
+(Wang and Vastola, [arXiv 2412.09726](https://arxiv.org/abs/2412.09726)).
+
+```python
+import gaussnet
+
+model = gaussnet.from_pretrained("{{ repo_id | default("path or id of this repository", true) }}")
+denoised = model(x, sigma)  # x of shape {{ shape }}
+```
+
+| | |
+|---|---|
+{% for name, value in facts.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{%- for name, text in provenance.items() %}
+## {{ name }}
+
+{{ text }}
+{% endfor -%}
+"""
 
 _REGISTRY: dict[str, type[Rebuildable]] = {}
 
@@ -122,6 +150,19 @@ def record(data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, A
     return {"data": facts, "arguments": json.loads(text), "arguments_sha256": digest}
 
 
+def tell(value: Any) -> str:
+    """An entry of a provenance in Markdown: mappings of numbers and words as a table, texts as they are."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and not any(isinstance(part, Mapping) for part in value.values()):
+        rows = [
+            f"| {key} | {part if isinstance(part, str) else json.dumps(part)} |"
+            for key, part in value.items()
+        ]
+        return "\n".join(["| | |", "|---|---|", *rows])
+    return f"```json\n{json.dumps(value, indent=2)}\n```"
+
+
 def _number(value: Any) -> Any:
     if getattr(value, "ndim", None) != 0:  # of NumPy and PyTorch, 0-d things are numbers
         raise TypeError(f"expected what JSON can hold, got {type(value).__name__}: {value!r:.100}")
@@ -143,6 +184,32 @@ class Pretrained(
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "to_arguments"):
             register(cls)
+
+    def facts(self) -> dict[str, str]:
+        """What it is, in few words: name -> value."""
+        parameters = sum(p.numel() for p in self.parameters())
+        buffers = sum(b.numel() * b.element_size() for b in self.buffers())
+        return {
+            "class": type(self).__name__,
+            "parameters": f"{parameters:,}",
+            "buffers": f"{buffers / 2**20:.2f} MiB",
+        }
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md of a saved model: how to load it, what it is, and the numbers of its run."""
+        facts = self.facts()
+        shape = facts.get("event shape", "(...)")
+        return ModelCard.from_template(
+            card_data=ModelCardData(
+                library_name="gaussnet", tags=["diffusion", "denoiser", facts["class"]], license=None
+            ),
+            template_str=CARD,
+            title=f"{facts['class']} of {shape}",
+            shape=f"(B, {shape[1:]}",
+            facts=facts,
+            provenance={name: tell(value) for name, value in self.provenance.items()},
+            **kwargs,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_arguments: Any) -> Self:

@@ -24,6 +24,10 @@ class NetworkDenoiser(Denoiser):
     sigma_min: float = 0.0
     sigma_max: float = math.inf
 
+    def facts(self) -> dict[str, str]:
+        levels = f"{self.sigma_min:g} to {self.sigma_max:g}"
+        return {**super().facts(), "network": type(self.model).__name__, "sigma": levels}
+
     def round_sigma(self, sigma: Sigma | Sequence[float]) -> Tensor:
         """The levels nearest to sigma that the network knows: here every level.
 

@@ -172,6 +172,12 @@ class BypassPrecond(NetworkDenoiser):
         """The level above which the model is its Gaussian; inf without a gate that closes."""
         return math.inf if self.gate is None else self.gate.closes(max(self.gate_tol, 1e-30))
 
+    def facts(self) -> dict[str, str]:
+        gate = "none: the network is evaluated at every level"
+        if self.sigma_gate < math.inf:
+            gate = f"{self.sigma_gate:.3g}: above it, the model is its Gaussian, without the network"
+        return {**super().facts(), "base": self.base, "sigma_gate": gate}
+
     def forward(
         self,
         x: Tensor,

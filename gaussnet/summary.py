@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import Tensor
 
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
-from gaussnet.network_denoiser import NetworkDenoiser
+from gaussnet.hub import tell
 from gaussnet.precond import BypassPrecond
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -17,22 +16,14 @@ SHARES = (0.5, 0.9, 0.95, 0.99)
 
 def summarise(model: Denoiser) -> str:
     """What a denoiser is, in Markdown: class, shape, size, spectrum, and what it was made from."""
-    lines = [f"{type(model).__name__} of {tuple(model.event_shape)}, {model.event_shape.numel()} dimensions"]
-    parameters = sum(p.numel() for p in model.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    lines.append(f"{parameters:,} parameters, {buffers / 2**20:.2f} MiB of buffers")
-    if isinstance(model, NetworkDenoiser):
-        lines.append(
-            f"network: {type(model.model).__name__}; sigma from {model.sigma_min:g} to {model.sigma_max:g}"
-        )
+    lines = [_table(("what", ""), list(model.facts().items()))]
     gaussian = model.gaussian if isinstance(model, BypassPrecond) else model
     if isinstance(gaussian, GaussianDenoiser):
         lines += ["", spectrum_table(gaussian), "", error_table(gaussian)]
     if isinstance(model, GaussianMixtureDenoiser):
         lines += ["", component_table(model)]
     for key, value in model.provenance.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        lines += ["", f"{key}:", text] if "\n" in text else ["", f"{key}: {text}"]
+        lines += ["", f"{key}:", "", tell(value)]
     return "\n".join(lines)
 
 

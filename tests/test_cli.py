@@ -37,7 +37,8 @@ def test_fit_is_the_library_s(images: Path, tmp_path: Path, capsys: pytest.Captu
     expected = GaussianDenoiser.fit(x, rank=20, mirror=True)
     assert relative_error(fitted(x[:8], 0.5), expected(x[:8], 0.5)) < 1e-6
     printed = capsys.readouterr().out
-    assert "GaussianDenoiser of (1, 8, 8), 64 dimensions" in printed
+    assert "| class | GaussianDenoiser |" in printed
+    assert "| event shape | (1, 8, 8) |" in printed
     assert "| rank | 20 of 64 |" in printed
     assert f"(sigma_data) | {float(expected.variance) ** 0.5:.4f} |" in printed
     assert f"| 0.5 | {float(expected.bayes_error(0.5)):.3g} |" in printed

@@ -1,5 +1,6 @@
 """Saving and loading. Everything is local: no test asks the network."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Self
 import pytest
 import torch
 from cases import DENOISERS, DTYPES, EVENT, denoiser, gaussian, noised, relative_error, tiny_unet
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,6 +46,41 @@ def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
         assert loaded(x, 0.5).equal(d(x, 0.5))
         assert loaded.score(x, 0.5).equal(d.score(x, 0.5))
         assert loaded.to_arguments() == d.to_arguments()
+
+
+def test_the_card_tells_what_it_is_and_the_numbers_of_its_run(tmp_path: Path) -> None:
+    model = copy.deepcopy(denoiser("bypass"))
+    model.provenance = {
+        "training": {"steps": 100, "optimizer": "adam"},
+        "report": "| sigma | error |\n|---|---|\n| 1 | 0.25 |",
+        "fit": {"nested": {"a": 1}},
+    }
+    model.save_pretrained(tmp_path, model_card_kwargs={"repo_id": "someone/digits"})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict()["library_name"] == "gaussnet"
+    assert card.data.to_dict()["tags"] == ["diffusion", "denoiser", "BypassPrecond"]
+    for line in (
+        'model = gaussnet.from_pretrained("someone/digits")',
+        "# x of shape (B, 1, 8, 8)",
+        "| class | BypassPrecond |",
+        "| network | SongUNet |",
+        "## training",
+        "| steps | 100 |",
+        "| optimizer | adam |",
+        "| 1 | 0.25 |",
+        '"a": 1',
+    ):
+        assert line in card.text, line
+    assert "| sigma_gate | " in card.text
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"| parameters | {parameters:,} |" in card.text
+
+
+@every
+def test_every_denoiser_has_a_card(name: str) -> None:
+    card = denoiser(name).generate_model_card()
+    assert f"# {type(denoiser(name)).__name__} of (1, 8, 8)" in card.text
+    assert "{{" not in card.text
 
 
 def test_parameters_can_be_trained_after_loading(tmp_path: Path) -> None:

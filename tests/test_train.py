@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import gaussnet
 import train.loop
+from gaussnet.summary import summarise
 from train.config import Config, ConfigError, Precond, load_config
 from train.data import load_data
 from train.models import build_network, fit_analytic, wrap
@@ -121,6 +122,16 @@ def test_run_folder_loads_as_the_model(complete: Path) -> None:
     x = clean + 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     error = (model(x, 0.5) - clean).square().mean()
     assert error < (x - clean).square().mean()
+
+
+def test_the_model_carries_the_numbers_of_its_run(complete: Path) -> None:
+    model = gaussnet.from_pretrained(complete)
+    assert model.provenance["training"]["steps"] == 8
+    assert model.provenance["report"] == (complete / "report.md").read_text()
+    assert model.provenance["report"].strip() in (complete / "README.md").read_text()
+    told = summarise(model)
+    assert "| steps | 8 |" in told
+    assert "| sigma_gate | " in told
 
 
 def test_a_complete_run_says_so_and_loses_nothing(complete: Path, caplog: pytest.LogCaptureFixture) -> None:

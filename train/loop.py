@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from train.config import Config, ConfigError
 from train.data import Data, batch_indices, generator_for, load_data
 from train.models import build_network, fit_analytic, fit_gate, wrap
 from train.report import files, write_report
-from train.rundir import RunFolder
+from train.rundir import RunFolder, write_atomically
 
 log = logging.getLogger("train")
 
@@ -172,12 +172,32 @@ def run(config: Config) -> None:
 
     # Report.
     if is_main:
-        ema_model.save_pretrained(folder.path)
         text = write_report(folder, config, data, analytic, ema_model)
+        ema_model.provenance = provenance(config, data, text)
+        ema_model.save_pretrained(folder.path)
+        write_atomically(folder.report, text)  # last: with it, the run is complete
         names = ", ".join(path.name for path in files(folder))
         log.info(f"\n{text}\nwritten to {folder.path}: {names}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def provenance(config: Config, data: Data, report: str) -> dict[str, Any]:
+    """The numbers of a run, which its model carries."""
+    training = config.train
+    return {
+        "data": {"name": config.data.name, "training": len(data.train), "held out": len(data.heldout)},
+        "training": {
+            "steps": training.steps,
+            "images": training.steps * training.batch,
+            "batch": training.batch,
+            "optimizer": training.optimizer,
+            "lr": training.lr,
+            "P_mean, P_std": [config.loss.P_mean, config.loss.P_std],
+            "seed": config.seed,
+        },
+        "report": report,
+    }
 
 
 def step_loss(

@@ -13,13 +13,13 @@ from gaussnet import BypassPrecond, Denoiser, count_nfe, heun, karras_sigmas, pl
 from train.config import Config
 from train.data import Data, generator_for
 from train.models import Analytic
-from train.rundir import RunFolder, append_csv, write_atomically
+from train.rundir import RunFolder, append_csv
 
 Row = dict[str, Any]
 
 
 def write_report(run: RunFolder, config: Config, data: Data, analytic: Analytic, model: BypassPrecond) -> str:
-    """Measures the model, writes report.md, its tables as CSV and the figures, and returns the table."""
+    """Measures the model, writes its tables as CSV and the figures, and returns the text of report.md."""
     denoisers: dict[str, Denoiser] = {**analytic.named(), "model": model}
     errors = denoising_errors(denoisers, data.heldout, config)
     skips, pictures = teleport_table(model, analytic, config)
@@ -30,7 +30,7 @@ def write_report(run: RunFolder, config: Config, data: Data, analytic: Analytic,
     plots.learning_dynamics(run.read_probes(), run.path / "probes.png")
 
     count = len(data.heldout) * config.report.draws
-    text = "\n".join(
+    return "\n".join(
         [
             f"Mean squared denoising error per pixel, {len(data.heldout)} held-out images x "
             f"{config.report.draws} noise draws = {count} queries",
@@ -44,8 +44,6 @@ def write_report(run: RunFolder, config: Config, data: Data, analytic: Analytic,
             "",
         ]
     )
-    write_atomically(run.report, text)
-    return text
 
 
 @torch.no_grad()

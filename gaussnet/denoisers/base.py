@@ -49,6 +49,10 @@ class Denoiser(Pretrained, ABC):
             ValueError: if a shape does not fit, or sigma is not finite and positive.
         """
 
+    def facts(self) -> dict[str, str]:
+        shape = self.event_shape
+        return {**super().facts(), "event shape": str(tuple(shape)), "dimensions": f"{shape.numel():,}"}
+
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """The score grad_x log p(x; sigma) of Eq. 4; arguments, result and errors as in `forward`."""
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
