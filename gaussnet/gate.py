@@ -27,6 +27,8 @@ from gaussnet.fit.streams import Data, subsample
 from gaussnet.hub import register
 from gaussnet.tables import LevelTable
 
+SIGMAS = torch.logspace(-1.3, 2, 25, dtype=torch.float64).tolist()
+
 
 @register
 class Gate(LevelTable):
@@ -83,9 +85,7 @@ class Gate(LevelTable):
         if drawn.shape[1:] != gaussian.event_shape:
             expected = ", ".join(map(str, gaussian.event_shape))
             raise ValueError(f"expected data of shape (N, {expected}), got {tuple(drawn.shape)}")
-        if sigmas is None:
-            sigmas = torch.logspace(-1.3, 2, 25, dtype=torch.float64)
-        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        levels = torch.as_tensor(SIGMAS if sigmas is None else sigmas, dtype=torch.float64, device="cpu")
         device = torch.device("cpu") if generator is None else generator.device
         picked = torch.randperm(len(drawn), generator=generator, device=device)[:n_queries].to(drawn.device)
         clean = drawn[picked]
@@ -111,6 +111,16 @@ class Gate(LevelTable):
     def step(cls, sigma: float) -> Gate:
         """1 up to sigma, 0 above."""
         return cls(torch.tensor([sigma, sigma * (1 + 1e-5)]), torch.tensor([1.0, 0.0]))
+
+    def cut(self, sigma: float) -> Gate:
+        """The same up to sigma, 0 above."""
+        sigmas = torch.exp(self.log_sigma)
+        low = sigmas < sigma * (1 - 1e-5)
+        top = self(sigma)[None]
+        ends = sigmas.new_tensor([sigma, sigma * (1 + 1e-5)])
+        return Gate(
+            torch.cat([sigmas[low], ends]), torch.cat([self.values[low], top, torch.zeros_like(top)])
+        )
 
     def closes(self, tol: float) -> float:
         """The level above which g stays below `tol`; inf if it does not, 0 if it is there everywhere."""

@@ -5,7 +5,8 @@ Each function draws one figure, saves it and closes it. Nothing here computes a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.probes import minima
+
 
 def learning_dynamics(
-    rows: Iterable[Mapping[str, Any]], path: str | Path, quantity: str = "score", weights: str = "ema"
+    rows: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    quantity: str = "score",
+    weights: str = "ema",
+    kind: str = "noised",
 ) -> None:
     """Draws how a network's score approaches and leaves the analytic ones while it learns.
 
     One panel a noise level, one line a reference: the mean unexplained variance over training steps, as in
-    Fig. 12 of arXiv 2412.09726. Step 0, the untrained network, is drawn at the left edge.
+    Fig. 12 of arXiv 2412.09726, with a dot where it is smallest. Step 0, the untrained network, is drawn at
+    the left edge.
 
     Args:
-        rows: of a run's probes.csv: step, weights, sigma, reference, quantity, mean.
+        rows: of a run's probes.csv: step, weights, sigma, queries, reference, quantity, mean.
         path: of the picture.
         quantity: "score" or "denoiser".
         weights: "ema" or "raw".
+        kind: the queries: "noised" (data) or "noise".
 
     Raises:
-        ValueError: if no row has this quantity and these weights.
+        ValueError: if no row has this quantity, these weights and this kind of queries.
     """
     plt = _pyplot()
-    chosen = [row for row in rows if row["quantity"] == quantity and row["weights"] == weights]
+    wanted = {"quantity": quantity, "weights": weights, "queries": kind}
+    chosen = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     if not chosen:
-        raise ValueError(f"expected rows of quantity={quantity!r} and weights={weights!r}, got none")
+        given = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+        raise ValueError(f"expected rows of {given}, got none")
     sigmas = sorted({float(row["sigma"]) for row in chosen})
-    references = list(dict.fromkeys(str(row["reference"]) for row in chosen))
+    colours = _colours({str(row["reference"]) for row in chosen}, plt)
+    closest = {(row["sigma"], row["reference"]): row for row in minima(chosen)}
     columns = min(4, len(sigmas))
     lines = -(-len(sigmas) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(3.1 * columns, 2.5 * lines), squeeze=False, sharex=True, layout="constrained"
     )
     for axis, sigma in zip(axes.flat, sigmas, strict=False):
-        for reference in references:
+        for reference, colour in colours.items():
             points = sorted(
                 (int(row["step"]), float(row["mean"]))
                 for row in chosen
                 if float(row["sigma"]) == sigma and row["reference"] == reference
             )
+            if not points:
+                continue
             steps, means = np.array(points).T
             # An untrained bypass model is its base: 0 has no place on a logarithmic axis.
-            axis.plot(np.maximum(steps, 0.5), np.where(means > 0, means, np.nan), label=reference, lw=1.4)
+            axis.plot(
+                np.maximum(steps, 0.5),
+                np.where(means > 0, means, np.nan),
+                label=reference,
+                color=colour,
+                lw=1.4,
+            )
+            least = closest[sigma, reference]
+            if least["minimum"] > 0:
+                axis.plot(max(least["step"], 0.5), least["minimum"], "o", color=colour, ms=4)
         axis.set(xscale="log", yscale="log", title=f"$\\sigma$ = {sigma:g}")
         axis.grid(alpha=0.25, which="major")
     for axis in axes.flat[len(sigmas) :]:
@@ -60,9 +83,46 @@ def learning_dynamics(
         axis.set_xlabel("training step")
     for axis in axes[:, 0]:
         axis.set_ylabel("unexplained variance")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"What analytic denoisers leave unexplained of the network's {quantity}")
+    handles = [plt.Line2D([], [], color=colour, lw=1.4) for colour in colours.values()]
+    per_row = min(len(colours), 9 * columns // 4)  # as many as fit
+    figure.legend(
+        handles,
+        list(colours),
+        loc="outside lower center",
+        ncols=per_row,
+        frameon=False,
+    )
+    queries = {"noised": "noised data", "noise": "noise"}.get(kind, kind)
+    figure.suptitle(f"What analytic denoisers leave unexplained of the network's {quantity}, at {queries}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws the training loss, on logarithmic axes, and the throughput under it.
+
+    Args:
+        rows: of a run's metrics: step, loss, images_per_second.
+        path: of the picture.
+
+    Raises:
+        ValueError: if there is no row.
+    """
+    if not rows:
+        raise ValueError("expected at least one row of metrics, got none")
+    plt = _pyplot()
+    steps, losses, speeds = (
+        [float(row[name]) for row in rows] for name in ("step", "loss", "images_per_second")
+    )
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(6, 5), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    above.plot(steps, losses, lw=1.2)
+    above.set(xscale="log", yscale="log", ylabel="training loss")
+    below.plot(steps, speeds, lw=1.2, color="0.4")
+    below.set(xlabel="training step", ylabel="images per second", ylim=(0, 1.1 * max(speeds)))
+    for axis in (above, below):
+        axis.grid(alpha=0.25, which="major")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -103,3 +163,18 @@ def _pyplot() -> Any:
         raise ImportError("figures need matplotlib: pip install 'gaussnet[train]'") from error
     plt.switch_backend("agg")
     return plt
+
+
+_FIXED = {"isotropic": "0.6", "gaussian": "tab:orange", "delta": "black"}
+
+
+def _colours(references: Iterable[str], plt: Any) -> dict[str, Any]:
+    """Reference -> colour, from coarse to memorising; mixtures are darker the more components they have."""
+    graded = sorted(
+        (name for name in references if name not in _FIXED),
+        key=lambda name: (int((re.findall(r"\d+", name) or [0])[-1]), name),
+    )
+    shades = plt.get_cmap("Blues")(np.linspace(1.0, 0.35, len(graded)))[::-1]
+    ordered = [*list(_FIXED)[:2], *graded, "delta"]
+    colours = _FIXED | dict(zip(graded, shades, strict=True))
+    return {name: colours[name] for name in ordered if name in set(references)}

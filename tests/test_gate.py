@@ -102,6 +102,15 @@ def test_it_closes_nowhere_or_everywhere() -> None:
     assert 0.4 < bumpy.closes(0.1) < 2.0, "not where it was below before it rose"
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 1.0, 100.0])
+def test_cut(sigma: float) -> None:
+    gate, cut = table(), table().cut(sigma)
+    below = torch.tensor([0.01, 0.2, 0.5, 0.9, 1.0]) * sigma
+    torch.testing.assert_close(cut(below), gate(below))
+    assert cut(torch.tensor([1.001, 2.0, 1e3]) * sigma).tolist() == [0, 0, 0]
+    assert cut.closes(0.01) == pytest.approx(sigma, rel=1e-4)
+
+
 def test_step() -> None:
     gate = Gate.step(7.3)
     level = torch.tensor([0.01, 7.3, 7.301, 80.0])

@@ -4,27 +4,44 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 from safetensors.torch import load_file
 
 import gaussnet
+import train.__main__
 import train.loop
+from gaussnet.metrics import SmallClassifier
 from gaussnet.summary import summarise
-from train.config import Config, ConfigError, Precond, load_config
+from train.config import Config, ConfigError, Precond
+from train.configfile import load_config
 from train.data import load_data
-from train.models import build_network, fit_analytic, wrap
+from train.models import build_network, fit_analytic, fit_wrapping, wrap
 
 ROOT = Path(__file__).parent.parent
 TINY = [
-    "network.model_channels=8",
-    "network.channel_mult=[1]",
-    "network.dropout=0.1",
+    "network.arguments.model_channels=8",
+    "network.arguments.channel_mult=[1]",
+    "network.arguments.dropout=0.1",
+    "fit.components=[3]",
+    "fit.gate_queries=64",
+    "ema.halflife_kimg=[0.1,0.02]",
+    "probe.sigmas=[0.1,1,10]",
+    "probe.share=10",
+    "heldout.every=4",
+    "heldout.queries=16",
+    "samples.every=4",
+    "samples.count=4",
     "train.batch=16",
     "train.steps=8",
     "train.warmup=3",
@@ -39,9 +56,10 @@ TINY = [
     "report.picture_skip=2",
     "report.reference_steps=8",
 ]
+OTHER = ["network.arguments.channel_mult=null", "network.arguments.attn_resolutions=null"]
 FILES = {
-    "README.md", "config.json", "config.yaml", "errors.csv", "metrics.jsonl", "model.safetensors",
-    "probes.csv", "probes.png", "report.md", "samples.png", "skips.csv",
+    "README.md", "config.json", "config.yaml", "errors.csv", "heldout.csv", "metrics.jsonl",
+    "model.safetensors", "probes.csv", "probes.png", "report.md", "samples.png", "skips.csv",
 }  # fmt: skip
 
 
@@ -89,8 +107,18 @@ def test_run_writes_everything_it_promises(complete: Path) -> None:
     with (complete / "probes.csv").open(newline="") as file:
         probes = list(csv.DictReader(file))
     assert {int(row["step"]) for row in probes} == {0, 1, 3, 8}
-    assert {row["reference"] for row in probes} == {"isotropic", "gaussian", "mixture", "delta"}
+    assert {row["reference"] for row in probes} == {"isotropic", "gaussian", "mixture-3", "delta"}
     assert {row["weights"] for row in probes} == {"raw", "ema"}
+    assert {row["queries"] for row in probes} == {"noised", "noise"}
+    assert len(probes) == 4 * 2 * 3 * 2 * 4 * 2
+    with (complete / "heldout.csv").open(newline="") as file:
+        heldout = list(csv.DictReader(file))
+    assert {(row["step"], row["weights"]) for row in heldout} == {
+        (step, name) for step in ("0", "4", "8") for name in ("raw", "ema", "ema-0.02")
+    }
+    assert {path.name for path in (complete / "samples").iterdir()} == {
+        f"step-{step:09d}.png" for step in (0, 4, 8)
+    }
     kept = sorted(path.name for path in (complete / "checkpoints").iterdir())
     assert kept == ["step-000000006", "step-000000008"]
 
@@ -118,7 +146,7 @@ def test_report_has_the_table_of_errors_and_skips(complete: Path) -> None:
 def test_run_folder_loads_as_the_model(complete: Path) -> None:
     model = gaussnet.from_pretrained(complete)
     assert isinstance(model, gaussnet.BypassPrecond)
-    clean = load_data(load_config(complete / "config.yaml").data).heldout
+    clean = load_data(load_config(complete / "config.yaml").data).heldout.tensor()
     x = clean + 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     error = (model(x, 0.5) - clean).square().mean()
     assert error < (x - clean).square().mean()
@@ -155,15 +183,15 @@ def test_resumed_run_equals_an_uninterrupted_one(
     class Killed(BaseException):
         pass
 
-    original = train.loop.step_loss
+    original = train.loop.make_batch
 
     def dies(*arguments, **keywords):
-        if arguments[4] == stop:
+        if arguments[2] == stop:
             raise Killed
         return original(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop, "step_loss", dies)
+        patch.setattr(train.loop, "make_batch", dies)
         with pytest.raises(Killed):
             train.loop.run(tiny(tmp_path))
     # What a kill inside of a save leaves behind, and rows after the last checkpoint.
@@ -177,7 +205,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert resumed.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(resumed[name], tensor), f"{name} differs after a resume at {stop}"
-    for name in ("probes.csv", "errors.csv", "skips.csv", "report.md"):
+    for name in ("probes.csv", "heldout.csv", "errors.csv", "skips.csv", "report.md"):
         assert (tmp_path / name).read_text() == (complete / name).read_text(), name
     rows = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -198,38 +226,212 @@ def test_a_run_that_died_before_its_report_writes_it(complete: Path, tmp_path: P
     assert (out / "report.md").read_text() == (complete / "report.md").read_text()
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) after step 2; the last checkpoint"):
-        train.loop.run(tiny(tmp_path, "train.lr=1e30", "train.warmup=0"))
+def test_gradients_that_are_not_finite_are_zeroed_and_counted(tmp_path: Path, monkeypatch: Any) -> None:
+    original = train.loop.denoising_loss
+    calls = 0
+
+    def spoils(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (float("nan") if calls in (3, 4) else 1)
+
+    monkeypatch.setattr(train.loop, "denoising_loss", spoils)
+    train.loop.run(tiny(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["bad_steps"] for row in rows] == [0, 2, 2, 2]
+    assert [row["loss"] is None for row in rows] == [False, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
-@pytest.mark.parametrize("precond", list(Precond), ids=lambda precond: precond.name)
-def test_both_preconditionings_build_and_start_as_their_base(tmp_path: Path, precond: Precond) -> None:
-    config = tiny(tmp_path, f"precond={precond.name}")
-    data = load_data(config.data)
-    gaussian = fit_analytic(config, data).gaussian
-    model = wrap(config, build_network(config, data), gaussian, gate=None)
-    x = data.heldout + 0.3
-    assert torch.equal(model(x, 0.3), model.untrained(x, 0.3))
-    assert isinstance(model, gaussnet.EDMPrecond) == (precond is Precond.edm)
+def test_gradients_that_stay_so_stop_the_run_and_keep_its_state(tmp_path: Path, monkeypatch: Any) -> None:
+    original = train.loop.denoising_loss
+    monkeypatch.setattr(train.loop, "denoising_loss", lambda *a: original(*a) * float("inf"))
+    with pytest.raises(RuntimeError, match=r"not finite in 3 steps in a row, up to step 3; .*step-000000003"):
+        train.loop.run(tiny(tmp_path, "train.bad_steps=3"))
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.loop.run(tiny(tmp_path, "train.bad_steps=3"))  # the state is whole: it goes on from there
+    assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["precond=edm"],
+        [],
+        ["bypass.base=isotropic", "bypass.gate=false"],
+        ["bypass.gaussian=mixture", "bypass.components=3"],
+        ["bypass.gaussian=classes", "data.labels=true"],
+        ["bypass.whiten=true", "loss.sigma_max=5"],
+    ],
+    ids=["edm", "bypass", "isotropic", "mixture", "classes", "white-truncated"],
+)
+def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, options: list[str]) -> None:
+    config = tiny(tmp_path, *options)
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+    analytic = fit_analytic(config, data, accelerator)
+    wrapping = fit_wrapping(config, data, analytic, accelerator)
+    model = wrap(config, build_network(config, data), wrapping)
+    raw, labels = data.heldout[torch.arange(8)]
+    x, one_hot = data.heldout.to_float(raw) + 0.3, data.one_hot(labels)
+    assert torch.equal(model(x, 0.3, one_hot), model.untrained(x, 0.3, one_hot))
+    assert isinstance(model, gaussnet.EDMPrecond) == (config.precond is Precond.edm)
+    if "loss.sigma_max=5" in options:
+        assert model.sigma_gate == pytest.approx(5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["data.labels=true", "loss.label_dropout=0.3", "bypass.gaussian=classes"],
+        [*OTHER, "network.name=DiT", "network.arguments.num_heads=2"],
+        [*OTHER, "network.name=MLP", "data.xflip=true"],
+        ["augment.xflip=1", "augment.scale=1", "augment.translate_frac=1", "loss.sigma_max=3"],
+        ["train.accumulate=4", "train.clip=1", "train.optimizer=adamw", "train.weight_decay=0.01"],
+        ["train.precision=bf16", "network.checkpoint=true", "data.workers=1", "train.trackers=[]"],
+    ],
+    ids=["classes", "dit", "mlp-flip", "augment-truncate", "accumulate", "bf16"],
+)
+def test_options_of_a_run(tmp_path: Path, options: list[str]) -> None:
+    train.loop.run(tiny(tmp_path, "probe.times=1", "report.reference_steps=6", *options))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.1 < row["loss"] < 5 for row in rows)
+    model = gaussnet.from_pretrained(tmp_path)
+    moved = [name for name, value in model.named_parameters() if name.endswith("weight") and value.std() == 0]
+    assert len(moved) < len(list(model.parameters())) / 4, "weights that have not learned"
+
+
+def test_accumulated_parts_are_one_batch(complete: Path, tmp_path: Path) -> None:
+    options = ["network.arguments.dropout=0", "probe.times=1", "report.reference_steps=6"]
+    for parts in (1, 4):
+        train.loop.run(tiny(tmp_path / str(parts), f"train.accumulate={parts}", *options))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
+    for name, tensor in one.items():
+        torch.testing.assert_close(four[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_checkpointed_blocks_learn_the_same(complete: Path, tmp_path: Path) -> None:
+    options = ["probe.times=1", "report.reference_steps=6", "network.checkpoint=true"]
+    train.loop.run(tiny(tmp_path, *options))
+    for name, tensor in weights(complete).items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_best_model_is_that_of_the_lowest_error(complete: Path) -> None:
+    with (complete / "heldout.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["weights"] == "ema"]
+    means = {
+        step: sum(float(row["relative"]) for row in rows if row["step"] == step) / 7
+        for step in ("0", "4", "8")
+    }
+    best = gaussnet.from_pretrained(complete / "best").state_dict()
+    last = gaussnet.from_pretrained(complete).state_dict()
+    same = all(torch.equal(value, last[name]) for name, value in best.items())
+    assert same == (min(means, key=lambda step: means[step]) == "8"), means
+
+
+def test_a_fork_goes_on_with_other_values(complete: Path, tmp_path: Path, caplog: Any) -> None:
+    before = {path: path.read_bytes() for path in complete.rglob("*") if path.is_file()}
+    config = tiny(complete, "train.steps=12", "train.lr=1e-4", "report.reference_steps=6")
+    train.__main__.fork(config, str(tmp_path / "fork"))
+    forked = train.__main__.fork(config, str(tmp_path / "fork"))  # the same command again: resumes
+    assert forked.out == str(tmp_path / "fork")
+    with caplog.at_level("INFO", logger="train"):
+        train.loop.run(forked)
+    assert f"resuming {tmp_path}/fork at step 8 of 12" in caplog.text
+    assert {path: path.read_bytes() for path in complete.rglob("*") if path.is_file()} == before
+    rows = [json.loads(line) for line in (tmp_path / "fork" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["lr"]) for row in rows[-3:]] == [(8, 0.001), (10, 0.0001), (12, 0.0001)]
+    (tmp_path / "something").mkdir()
+    with pytest.raises(ConfigError, match=r"expected a new folder, got .*something"):
+        train.__main__.fork(config, str(tmp_path / "something"))
+    with pytest.raises(ConfigError, match=r"expected a checkpoint in .*none"):
+        train.__main__.fork(tiny(tmp_path / "none"), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(
+    complete: Path, tmp_path: Path, monkeypatch: Any, caplog: Any, number: signal.Signals
+) -> None:
+    original = train.loop.make_batch
+
+    def interrupts(*arguments: Any) -> Any:
+        if arguments[2] == 4:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, caplog.at_level("INFO", logger="train"):
+        patch.setattr(train.loop, "make_batch", interrupts)
+        train.loop.run(tiny(tmp_path))
+    assert f"{number!s}: saved step 5" in caplog.text or "saved step 5" in caplog.text
+    assert (tmp_path / "checkpoints" / "step-000000005").is_dir()
+    assert not (tmp_path / "report.md").exists()
+    assert signal.getsignal(number) is not None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.loop.run(tiny(tmp_path))
+    for name, tensor in weights(complete).items():
+        assert torch.equal(weights(tmp_path)[name], tensor), name
+
+
+def test_frechet_distance_on_a_given_extractor(tmp_path: Path) -> None:
+    SmallClassifier().save_pretrained(tmp_path / "features")
+    options = [f"frechet.extractor={tmp_path}/features", "frechet.every=4", "frechet.samples=24"]
+    options += ["frechet.batch=10", "frechet.steps=4", "probe.times=1", "report.reference_steps=6"]
+    train.loop.run(tiny(tmp_path / "run", *options))
+    with (tmp_path / "run" / "frechet.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["4", "8"]
+    assert all(float(row["frechet"]) > 0 for row in rows)
+    model = gaussnet.from_pretrained(tmp_path / "run")
+    with gaussnet.count_nfe(model) as nfe:
+        gaussnet.heun(model, 80 * torch.randn(2, 1, 8, 8), gaussnet.karras_sigmas(4))
+    assert int(rows[0]["NFE"]) == nfe()
+    with pytest.raises(ConfigError, match=r"frechet\.extractor: .*nowhere"):
+        train.loop.run(tiny(tmp_path / "other", "frechet.every=4", "frechet.extractor=nowhere"))
+
+
+def test_one_bad_image_is_named_or_skipped(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.fromarray(np.full((8, 8), 6 * i, np.uint8)).save(tmp_path / "images" / f"{i:02d}.png")
+    (tmp_path / "images" / "13.png").write_bytes(b"no picture")
+    options = [f"data.source={tmp_path}/images", "fit.components=[]", "probe.times=1", "samples.every=0"]
+    with pytest.raises(ConfigError, match=r"data\.source: .*13\.png"):
+        train.loop.run(tiny(tmp_path / "run", *options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.loop.run(tiny(tmp_path / "run", *options, "data.on_error=skip"))
+    assert gaussnet.from_pretrained(tmp_path / "run").provenance["data"]["training"] == 31
 
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    runs: dict[int, Path] = {}
-    for processes in (1, 2):
-        runs[processes] = tmp_path / str(processes)
-        result = launch(*TINY, "network.dropout=0", f"out={runs[processes]}", processes=processes)
-        assert result.returncode == 0, result.stderr
-        assert f"on {processes} process(es), cpu" in result.stdout
-    losses = {
-        processes: [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for processes, run in runs.items()
-    }
-    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
-    one, two = weights(runs[1]), weights(runs[2])
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, two[name], rtol=1e-3, atol=1e-5), name
-    assert {path.name for path in runs[2].iterdir() if path.is_file()} == FILES
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ["network.arguments.dropout=0", "augment.scale=1", "augment.p=0.5", "data.xflip=true"]
+    train.loop.run(tiny(one, *options))
+    result = launch(*TINY, *options, f"out={two}", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "on 2 process(es), cpu" in result.stdout
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-4)
+    ours, theirs = weights(one), weights(two)
+    for name, tensor in ours.items():
+        if name.startswith("model."):  # eigenvectors of equal eigenvalues may be others
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    torch.testing.assert_close(theirs["gate.values"], ours["gate.values"], rtol=1e-3, atol=1e-4)
+    # Probes, held-out errors, tables and samples are shared, and come out the same.
+    for table in ("probes.csv", "heldout.csv", "errors.csv", "skips.csv"):
+        tables = [list(csv.DictReader((run / table).open(newline=""))) for run in (one, two)]
+        assert len(tables[0]) == len(tables[1]), table
+        for row, other in zip(*tables, strict=True):
+            for key, value in row.items():
+                if key in ("mean", "mean_reverse", "error", "model", "mixture-3", "RMS"):
+                    assert float(value) == pytest.approx(float(other[key]), rel=0.01, abs=1e-4), (table, row)
+                elif key in ("step", "weights", "sigma", "reference", "skipped", "NFE"):
+                    assert value == other[key], (table, row)
+    assert {path.name for path in two.iterdir() if path.is_file()} == FILES
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,94 @@
 """The data of a run: a fixed split, and an order that is a pure function of (seed, step)."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from train.config import ConfigError, DataConfig
-from train.data import batch_indices, generator_for, load_data
+from train.data import StepSampler, batch_indices, fit_source, generator_for, load_data, loader
 
 
 def test_digits_are_split_once_and_for_all() -> None:
-    data = load_data(DataConfig())
-    assert data.train.shape == (1438, 1, 8, 8)
-    assert data.heldout.shape == (359, 1, 8, 8)
-    assert (data.train.min(), data.train.max()) == (-1, 1)
-    again = load_data(DataConfig())
-    assert torch.equal(data.train, again.train)
-    assert torch.equal(data.heldout, again.heldout)
-    other = load_data(DataConfig(split_seed=1))
-    assert not torch.equal(data.heldout, other.heldout)
+    data = load_data(DataConfig(heldout=0.2))
+    train, heldout = data.train.tensor(), data.heldout.tensor()
+    assert (data.event_shape, data.n_classes) == ((1, 8, 8), 0)
+    assert train.shape == (1438, 1, 8, 8)
+    assert heldout.shape == (359, 1, 8, 8)
+    assert (train.min(), train.max()) == (-1, 1)
+    again = load_data(DataConfig(heldout=359))
+    assert torch.equal(train, again.train.tensor())
+    assert torch.equal(heldout, again.heldout.tensor())
+    other = load_data(DataConfig(heldout=0.2, split_seed=1))
+    assert not torch.equal(heldout, other.heldout.tensor())
     # Together they are the whole set, each image once.
-    everything = torch.cat([data.train, data.heldout]).flatten(1)
-    reference = torch.cat([other.train, other.heldout]).flatten(1)
+    everything = torch.cat([train, heldout]).flatten(1)
+    reference = torch.cat([other.train.tensor(), other.heldout.tensor()]).flatten(1)
     assert torch.equal(torch.unique(everything, dim=0), torch.unique(reference, dim=0))
     assert len(everything) == len(reference) == 1797
 
 
-def test_unknown_data_and_empty_splits_are_errors() -> None:
-    with pytest.raises(ConfigError, match=r"data\.name: expected one of digits, got 'mnits'"):
-        load_data(DataConfig(name="mnits"))
-    with pytest.raises(ConfigError, match=r"data\.heldout"):
-        load_data(DataConfig(heldout=1e-5))
+def test_classes_are_counted_where_asked_for() -> None:
+    data = load_data(DataConfig(labels=True))
+    assert data.n_classes == 10
+    rows = data.one_hot(torch.tensor([3, 0]))
+    assert rows is not None
+    assert torch.equal(rows, torch.eye(10)[[3, 0]])
+    assert load_data(DataConfig()).one_hot(torch.tensor([3])) is None
+
+
+def test_frames_are_black() -> None:
+    data = load_data(DataConfig(pad=2))
+    assert data.event_shape == (1, 12, 12)
+    images = data.train.tensor()
+    assert torch.equal(images[..., 2:-2, 2:-2], load_data(DataConfig()).train.tensor())
+    assert bool((images[..., :2] == -1).all() and (images[..., -2:, :] == -1).all())
+
+
+def test_data_that_cannot_be_used_are_errors() -> None:
+    for config, message in (
+        (DataConfig(source="mnits"), r"data\.source: no file or folder mnits"),
+        (DataConfig(heldout=1e-5), r"data\.heldout: 1e-05 of 1797 images is 0"),
+        (DataConfig(heldout=1797), r"data\.heldout: 1797 of 1797 images is 1797"),
+        (DataConfig(layout="NHW"), r"data\.source: .*layout"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_data(config)
+
+
+def test_data_without_labels_have_no_classes(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((5, 8, 8), np.uint8))
+    with pytest.raises(ConfigError, match=r"data\.labels: expected a source with labels, got ImageData"):
+        load_data(DataConfig(source=str(tmp_path / "images.npy"), labels=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_is_the_stream_of_every_process(workers: int) -> None:
+    data = load_data(DataConfig(labels=True)).train
+    sampler = StepSampler(len(data), 12, seed=3, first=5, steps=9, share=slice(4, 8))
+    assert len(sampler) == 4
+    steps = list(loader(data, sampler, workers, pin=False))
+    assert len(steps) == 4
+    for step, (raw, labels) in enumerate(steps, start=5):
+        index = batch_indices(len(data), 12, step, 3)[4:8]
+        assert torch.equal(raw, data.raw(index))
+        assert raw.dtype == torch.uint8
+        assert data.labels is not None
+        assert torch.equal(labels, data.labels[index])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_shares_of_the_fit_are_the_data(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_data(DataConfig()).train
+    whole = images.tensor()
+    for limit in (0, 1 << 30):
+        monkeypatch.setattr("train.data.IN_MEMORY", limit)
+        for rank in range(world):
+            source = fit_source(images, rank, world)
+            for _ in range(2):
+                share = source if isinstance(source, torch.Tensor) else torch.cat(list(source))
+                assert torch.equal(share, whole[rank::world])
 
 
 @pytest.mark.parametrize("batch", [3, 10, 25])

@@ -6,8 +6,11 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import replace
 
-from train.config import ConfigError, load_config
+from train.config import Config, ConfigError
+from train.configfile import load_config
+from train.rundir import RunFolder
 
 USAGE = """\
 accelerate launch -m train CONFIG [key=value ...]
@@ -23,6 +26,17 @@ file, nested ones joined by dots; train/config.py lists all of them with their d
 """
 
 
+def fork(config: Config, folder: str) -> Config:
+    """The configuration of a run that goes on in another folder; the main process copies what it needs.
+
+    The command can be given again: a folder that was forked with the same values is resumed.
+    """
+    target = replace(config, out=folder)
+    if not RunFolder(folder).config.is_file() and int(os.environ.get("RANK", "0")) == 0:
+        RunFolder(config.out).fork(RunFolder(folder), target)
+    return target
+
+
 def main() -> int:
     """Runs a configuration; 2 is returned for one that cannot be run."""
     parser = argparse.ArgumentParser(
@@ -35,10 +49,17 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="values that replace those of the file"
     )
+    parser.add_argument(
+        "--fork",
+        metavar="NEWDIR",
+        help="go on from the run's last checkpoint in a new folder, with other values",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.fork:
+            config = fork(config, arguments.fork)
         from train.loop import run  # heavy imports only for a config that can be run
 
         run(config)

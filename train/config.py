@@ -1,23 +1,25 @@
-"""The typed configuration of a run: a YAML file, overridden by key=value arguments.
+"""The typed configuration of a run. `train.configfile` reads it from YAML and key=value arguments.
 
-An unknown key, a wrong type or an impossible value is an error that names the key, before anything is
-computed.
+Every dataclass checks its own values: an impossible one is an error that names the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING
 
 from gaussnet.fit.spectrum import SHRINKAGES
+from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet
 from gaussnet.precond import Base
+from gaussnet.probes import PAPER_SIGMAS
+from train.augment import Options as Augmentation
+
+NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiT, MLP)}
+OF_THE_DATA = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim")
 
 
 class ConfigError(ValueError):
@@ -39,16 +41,38 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class BypassBase(Enum):
+    """What the bypass is made of."""
+
+    gaussian = "gaussian"  # one for all
+    mixture = "mixture"  # of bypass.components clusters
+    classes = "classes"  # a Gaussian a class; needs data.labels
+
+
 @dataclass
 class DataConfig:
     """Where the images come from."""
 
-    name: str = "digits"
-    heldout: float = 0.2  # share of the data that training never sees
+    source: str = "digits"  # whatever gaussnet.data.open_images opens
+    scaling: Any = None  # [low, high], the stored values that become -1 and 1, or "none"
+    layout: str | None = None  # of arrays: NHW, NHWC, NCHW
+    mode: str | None = None  # of image files: L, RGB, RGBA
+    resolution: int | None = None  # to which image files are cropped and resized
+    split: str | None = None  # of sources that have splits
+    root: str = "data"  # for downloads
+    on_error: str = "raise"  # or skip: leave out what cannot be read, and count it
+    pad: int = 0  # pixels of black to add on each side
+    xflip: bool = False  # mirror images, too
+    labels: bool = False  # a class-conditional model
+    heldout: float = 0.1  # share (or number, from 1 up) of images that training never sees
     split_seed: int = 0
+    workers: int = 0  # processes that read ahead; 0: none, right for data in memory
 
     def __post_init__(self) -> None:
-        _expect("data.heldout", self.heldout, 0 < self.heldout < 1, "between 0 and 1")
+        expect("data.heldout", self.heldout, self.heldout > 0, "> 0")
+        expect("data.on_error", self.on_error, self.on_error in ("raise", "skip"), "raise or skip")
+        for name in ("pad", "workers"):
+            expect(f"data.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0")
 
 
 @dataclass
@@ -57,28 +81,36 @@ class FitConfig:
 
     rank: int | None = None  # eigenvectors to keep; null: all
     shrinkage: str = "cv"
-    components: int = 10  # of the mixture
+    components: list[int] = field(default_factory=lambda: [10])  # of the mixtures of the probes
+    mixture_rank: int | None = 64  # eigenvectors a component
+    max_data: int = 65_536  # images, drawn at random, of mixtures, delta denoiser and gate
+    gate_queries: int = 1024
 
     def __post_init__(self) -> None:
-        _expect("fit.rank", self.rank, self.rank is None or self.rank >= 1, "null or >= 1")
-        _expect("fit.shrinkage", self.shrinkage, self.shrinkage in SHRINKAGES, f"one of {SHRINKAGES}")
-        _expect("fit.components", self.components, self.components >= 1, ">= 1")
+        for name in ("rank", "mixture_rank"):
+            value = getattr(self, name)
+            expect(f"fit.{name}", value, value is None or value >= 1, "null or >= 1")
+        expect("fit.shrinkage", self.shrinkage, self.shrinkage in SHRINKAGES, f"one of {SHRINKAGES}")
+        expect("fit.components", self.components, all(k >= 1 for k in self.components), "numbers >= 1")
+        for name in ("max_data", "gate_queries"):
+            expect(f"fit.{name}", getattr(self, name), getattr(self, name) >= 2, ">= 2")
 
 
 @dataclass
 class NetworkConfig:
-    """Arguments of `SongUNet`; channels and resolution come from the data."""
+    """The network; channels, resolution and label lengths come from data and augmentation."""
 
-    model_channels: int = 128
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
-    num_blocks: int = 2
-    attn_resolutions: list[int] = field(default_factory=list)
-    dropout: float = 0.0
-    embedding_type: str = "positional"
-    encoder_type: str = "standard"
-    decoder_type: str = "standard"
-    channel_mult_noise: int = 1
-    resample_filter: list[int] = field(default_factory=lambda: [1, 1])
+    name: str = "SongUNet"
+    arguments: dict[str, Any] = field(default_factory=dict)  # null: not given
+    checkpoint: bool = False  # gradient checkpointing: blocks are evaluated again, not remembered
+
+    def __post_init__(self) -> None:
+        expect("network.name", self.name, self.name in NETWORKS, f"one of {', '.join(NETWORKS)}")
+        known = [
+            name for name in inspect.signature(NETWORKS[self.name]).parameters if name not in OF_THE_DATA
+        ]
+        for key in (key for key, value in self.arguments.items() if value is not None):
+            expect("network.arguments", key, key in known, f"keys among {', '.join(known)}")
 
 
 @dataclass
@@ -86,15 +118,18 @@ class BypassConfig:
     """Options of `BypassPrecond`."""
 
     gate: bool = True
+    gate_tol: float = 0.01
     show_gaussian: bool = True
     base: str = "blend"  # or gaussian, isotropic
     whiten: bool = False
-    gate_tol: float = 0.01
+    gaussian: BypassBase = BypassBase.gaussian
+    components: int = 10
 
     def __post_init__(self) -> None:
         bases = get_args(Base)
-        _expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
-        _expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
+        expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
+        expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
+        expect("bypass.components", self.components, self.components >= 1, ">= 1")
 
 
 @dataclass
@@ -104,18 +139,22 @@ class EDMConfig:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        _expect("edm.sigma_data", self.sigma_data, self.sigma_data > 0, "> 0")
+        expect("edm.sigma_data", self.sigma_data, self.sigma_data > 0, "> 0")
 
 
 @dataclass
 class LossConfig:
-    """The distribution of training noise: ln sigma ~ N(P_mean, P_std^2)."""
+    """The distribution of training noise: ln sigma ~ N(P_mean, P_std^2), up to sigma_max."""
 
     P_mean: float = -1.2
     P_std: float = 1.2
+    sigma_max: float | None = None  # above it the model is left to the Gaussian
+    label_dropout: float = 0.0  # share of class labels that are zeroed, for guidance
 
     def __post_init__(self) -> None:
-        _expect("loss.P_std", self.P_std, self.P_std > 0, "> 0")
+        expect("loss.P_std", self.P_std, self.P_std > 0, "> 0")
+        expect("loss.sigma_max", self.sigma_max, self.sigma_max is None or self.sigma_max > 0, "null or > 0")
+        expect("loss.label_dropout", self.label_dropout, 0 <= self.label_dropout <= 1, "in [0, 1]")
 
 
 @dataclass
@@ -123,22 +162,41 @@ class TrainConfig:
     """The optimisation."""
 
     steps: int = 10_000
-    batch: int = 128  # over all processes
+    batch: int = 128  # over all processes and accumulated parts
+    accumulate: int = 1  # parts of a process's batch, one after the other
     optimizer: str = "adam"  # any name of timm's create_optimizer_v2
     lr: float = 1e-3
+    weight_decay: float = 0.0
     warmup: int = 100  # steps of linear learning-rate ramp-up
     clip: float | None = None  # norm to which gradients are clipped
-    ema_decay: float = 0.999
     precision: Precision = Precision.no
+    tf32: bool = True  # of the network's matrix products and convolutions; analytic layers never
+    compile: bool = False
+    bad_steps: int = 20  # steps in a row with gradients not finite, after which the run stops
     log_every: int = 50  # steps; at every checkpoint, too
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every"):
-            _expect(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        _expect("train.lr", self.lr, self.lr > 0, "> 0")
-        _expect("train.warmup", self.warmup, self.warmup >= 0, ">= 0")
-        _expect("train.clip", self.clip, self.clip is None or self.clip > 0, "null or > 0")
-        _expect("train.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+        for name in ("steps", "batch", "accumulate", "log_every", "bad_steps"):
+            expect(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        expect("train.lr", self.lr, self.lr > 0, "> 0")
+        for name in ("warmup", "weight_decay"):
+            expect(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        expect("train.clip", self.clip, self.clip is None or self.clip > 0, "null or > 0")
+
+
+@dataclass
+class EMAConfig:
+    """Moving averages of the weights. The first one is the model of the run."""
+
+    halflife_kimg: list[float] = field(default_factory=lambda: [500.0])  # thousands of images
+    rampup: float | None = 0.05  # no half-life exceeds this share of the images seen
+
+    def __post_init__(self) -> None:
+        halflives = self.halflife_kimg
+        expect("ema.halflife_kimg", halflives, bool(halflives) and min(halflives) >= 0, "numbers >= 0")
+        expect("ema.halflife_kimg", halflives, len(set(halflives)) == len(halflives), "different numbers")
+        expect("ema.rampup", self.rampup, self.rampup is None or self.rampup > 0, "null or > 0")
 
 
 @dataclass
@@ -147,12 +205,59 @@ class ProbeConfig:
 
     times: int = 24  # probes, evenly spaced in the logarithm of the step
     queries: int = 128
-    sigmas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0])
+    sigmas: list[float] = field(default_factory=lambda: list(PAPER_SIGMAS))
+    share: float = 0.1  # of the run's network evaluations that they may cost: else there are fewer
 
     def __post_init__(self) -> None:
-        _expect("probe.times", self.times, self.times >= 1, ">= 1")
-        _expect("probe.queries", self.queries, self.queries >= 1, ">= 1")
-        _expect("probe.sigmas", self.sigmas, bool(self.sigmas) and min(self.sigmas) > 0, "levels > 0")
+        expect("probe.times", self.times, self.times >= 1, ">= 1")
+        expect("probe.queries", self.queries, self.queries >= 1, ">= 1")
+        expect("probe.sigmas", self.sigmas, bool(self.sigmas) and min(self.sigmas) > 0, "levels > 0")
+        expect("probe.share", self.share, self.share > 0, "> 0")
+
+
+@dataclass
+class HeldoutConfig:
+    """The denoising error on held-out images while training; the best model is kept."""
+
+    every: int = 500  # steps; 0: never
+    queries: int = 512
+    sigmas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
+
+    def __post_init__(self) -> None:
+        expect("heldout.every", self.every, self.every >= 0, ">= 0")
+        expect("heldout.queries", self.queries, self.queries >= 1, ">= 1")
+        expect("heldout.sigmas", self.sigmas, bool(self.sigmas) and min(self.sigmas) > 0, "levels > 0")
+
+
+@dataclass
+class SamplesConfig:
+    """Sample grids from fixed noise, with and without teleport."""
+
+    every: int = 0  # steps; 0: at the end only
+    count: int = 16
+    steps: int = 18
+    skip: int = 5
+
+    def __post_init__(self) -> None:
+        expect("samples.every", self.every, self.every >= 0, ">= 0")
+        expect("samples.count", self.count, self.count >= 1, ">= 1")
+        expect("samples.skip", self.skip, 0 <= self.skip < self.steps, f"in [0, {self.steps})")
+
+
+@dataclass
+class FrechetConfig:
+    """The Frechet distance between samples and training images while training."""
+
+    every: int = 0  # steps; 0: never
+    extractor: str = "inception"  # or timm:NAME, or a folder of benchmarks/mnist_features.py
+    samples: int = 10_000
+    steps: int = 18
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        expect("frechet.every", self.every, self.every >= 0, ">= 0")
+        for name in ("samples", "steps", "batch"):
+            expect(f"frechet.{name}", getattr(self, name), getattr(self, name) >= 2, ">= 2")
 
 
 @dataclass
@@ -163,8 +268,8 @@ class CheckpointConfig:
     keep: int = 2  # the last N stay on disk
 
     def __post_init__(self) -> None:
-        _expect("checkpoint.every", self.every, self.every >= 1, ">= 1")
-        _expect("checkpoint.keep", self.keep, self.keep >= 1, ">= 1")
+        expect("checkpoint.every", self.every, self.every >= 1, ">= 1")
+        expect("checkpoint.keep", self.keep, self.keep >= 1, ">= 1")
 
 
 @dataclass
@@ -173,6 +278,7 @@ class ReportConfig:
 
     sigmas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 40.0])
     draws: int = 8  # noise draws per held-out image
+    queries: int = 2000  # held-out images, at most
     sample_steps: int = 18
     skips: list[int] = field(default_factory=lambda: list(range(9)))
     samples: int = 64
@@ -180,13 +286,13 @@ class ReportConfig:
     picture_skip: int = 5  # skipped steps of the teleported row of samples.png
 
     def __post_init__(self) -> None:
-        for name in ("draws", "sample_steps", "samples", "reference_steps"):
-            _expect(f"report.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        _expect("report.sigmas", self.sigmas, bool(self.sigmas) and min(self.sigmas) > 0, "levels > 0")
+        for name in ("draws", "queries", "sample_steps", "samples", "reference_steps"):
+            expect(f"report.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        expect("report.sigmas", self.sigmas, bool(self.sigmas) and min(self.sigmas) > 0, "levels > 0")
         top = self.sample_steps - 1
         for name, skips in (("skips", self.skips), ("picture_skip", [self.picture_skip])):
             fits = all(0 <= skip <= top for skip in skips)
-            _expect(f"report.{name}", getattr(self, name), fits, f"between 0 and sample_steps - 1 = {top}")
+            expect(f"report.{name}", getattr(self, name), fits, f"between 0 and sample_steps - 1 = {top}")
 
 
 @dataclass
@@ -201,65 +307,24 @@ class Config:
     precond: Precond = Precond.bypass
     bypass: BypassConfig = field(default_factory=BypassConfig)
     edm: EDMConfig = field(default_factory=EDMConfig)
+    augment: Augmentation = field(default_factory=Augmentation)  # no group is on by default
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    frechet: FrechetConfig = field(default_factory=FrechetConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        _expect("seed", self.seed, self.seed >= 0, ">= 0")
+        expect("seed", self.seed, self.seed >= 0, ">= 0")
+        needs = self.bypass.gaussian is BypassBase.classes or self.loss.label_dropout > 0
+        expect("data.labels", self.data.labels, self.data.labels or not needs, "true: the run uses classes")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies overrides such as "train.steps=100".
-
-    Raises:
-        ConfigError: naming the file or the key that is missing, unknown, of a wrong type or impossible.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"no config file {path}")
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"expected overrides of the form key=value, got {override!r}")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        )
-        missing = OmegaConf.missing_keys(merged)
-        if missing:
-            raise ConfigError(f"{path}: expected values for {', '.join(sorted(missing))}, got none")
-        return cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: {key}: {reason}" if key else f"{path}: {reason}") from error
-    except YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-
-
-def to_yaml(config: Config) -> str:
-    """The whole configuration, defaults included."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def differences(saved: str, config: Config) -> list[str]:
-    """Lines "key: saved -> now" for each value of a saved YAML that differs from `config`."""
-    old = _flatten(OmegaConf.to_container(OmegaConf.create(saved)))
-    new = _flatten(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
-    keys = sorted(set(old) | set(new))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _expect(key: str, value: object, holds: bool, expected: str) -> None:
+def expect(key: str, value: object, holds: bool, expected: str) -> None:
+    """Raises a ConfigError that names a key, unless its value holds."""
     if not holds:
         raise ConfigError(f"{key}: expected {expected}, got {value}")

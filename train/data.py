@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from gaussnet import ImageData, open_images
 from train.config import ConfigError, DataConfig
+
+IN_MEMORY = 4 << 30  # bytes of float32 up to which a data set is fitted as one tensor
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images in [-1, 1], float32, (N, C, H, W): those to train on, and those that training never sees."""
+    """Images to train on, and those that training never sees. Stored values; `to_float` maps them."""
 
-    train: Tensor
-    heldout: Tensor
+    train: ImageData
+    heldout: ImageData
+    n_classes: int = 0  # of a class-conditional model
 
     @property
-    def event_shape(self) -> torch.Size:
+    def event_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.train.shape[1:]
+        channels, height, width = self.train.event_shape
+        return channels, height, width
+
+    def one_hot(self, labels: Tensor) -> Tensor | None:
+        """Rows (B, n_classes), float32, for a class-conditional model; else None."""
+        if not self.n_classes:
+            return None
+        return torch.nn.functional.one_hot(labels, self.n_classes).float()
 
 
 def load_data(config: DataConfig) -> Data:
-    """Loads a data set and splits it at random, by a fixed seed.
+    """Opens a data set and splits it at random, by a fixed seed.
 
     Raises:
-        ConfigError: if the name is unknown, or the split leaves a side empty.
+        ConfigError: if it cannot be opened, has no labels where they are asked for, or the split leaves
+            a side empty.
     """
-    if config.name not in _LOADERS:
-        raise ConfigError(f"data.name: expected one of {', '.join(_LOADERS)}, got {config.name!r}")
-    images = _LOADERS[config.name]()
+    scaling = config.scaling if isinstance(config.scaling, str | None) else tuple(config.scaling)
+    options = {name: getattr(config, name) for name in ("layout", "mode", "resolution", "split", "root")}
+    try:
+        images = open_images(
+            config.source, scaling=cast(Any, scaling), on_error=cast(Any, config.on_error), **options
+        )
+        images = images.padded(config.pad)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"data.source: {error}") from error
+    if config.labels and images.labels is None:
+        raise ConfigError(f"data.labels: expected a source with labels, got {images}")
     order = torch.randperm(len(images), generator=generator_for(config.split_seed, "split"))
-    count = round(len(images) * config.heldout)
+    count = round(config.heldout if config.heldout >= 1 else len(images) * config.heldout)
     if not 0 < count < len(images):
-        raise ConfigError(f"data.heldout: a share of {config.heldout} of {len(images)} images is {count}")
-    return Data(train=images[order[count:]], heldout=images[order[:count]])
+        raise ConfigError(f"data.heldout: {config.heldout} of {len(images)} images is {count}")
+    classes = int(images.labels.max()) + 1 if config.labels and images.labels is not None else 0
+    return Data(images.subset(order[count:]), images.subset(order[:count]), classes)
+
+
+def fit_source(images: ImageData, rank: int = 0, world: int = 1) -> Any:
+    """A process's share of the images as float32, for the fits: a tensor, or batches of very many."""
+    share = images.subset(torch.arange(rank, len(images), world)) if world > 1 else images
+    if len(share) * share.event_shape.numel() * 4 <= IN_MEMORY:
+        return share.tensor()
+    return _Batches(share)
+
+
+class _Batches:
+    """Batches of all images, from the first at every pass."""
+
+    def __init__(self, images: ImageData) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.images.batches(1024)
 
 
 def generator_for(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -68,12 +110,28 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator_for(seed, "epoch", epoch))
 
 
-def _digits() -> Tensor:
-    """scikit-learn's digits: 1,797 scans of 8x8 pixels with 17 grey levels."""
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True)
+class StepSampler:
+    """Indices of one process's share of each step's batch, from a step on: a sampler for DataLoader."""
 
-    pixels, _ = load_digits(return_X_y=True)  # (1797, 64), 0..16
-    return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    count: int
+    batch: int
+    seed: int
+    first: int
+    steps: int
+    share: slice
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for step in range(self.first, self.steps):
+            yield batch_indices(self.count, self.batch, step, self.seed)[self.share]
+
+    def __len__(self) -> int:
+        return self.steps - self.first
 
 
-_LOADERS = {"digits": _digits}
+def loader(
+    images: ImageData, sampler: StepSampler, workers: int, pin: bool
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of stored values and labels in the sampler's order, read ahead by worker processes."""
+    ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    return DataLoader(images, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **ahead)

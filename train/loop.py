@@ -1,16 +1,18 @@
 """The training loop: a flat function on Accelerate.
 
-Every random number of a step is a pure function of (seed, step), drawn for the whole batch and sliced by
-process. A resumed run therefore sees what an uninterrupted one would, and several processes train on what
-one process with the same batch would.
+A run is a pure function of its configuration: killed at any moment and started again, it goes on from its
+last whole checkpoint and ends with the same weights, and several processes train on what one would.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 import warnings
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +20,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from gaussnet import BypassPrecond, ScoreProbe
+from train.callbacks import Heldout, Probes, Run, Samples
 from train.config import Config, ConfigError
-from train.data import Data, batch_indices, generator_for, load_data
-from train.models import build_network, fit_analytic, fit_gate, wrap
-from train.report import files, write_report
-from train.rundir import RunFolder, write_atomically
+from train.data import Data, StepSampler, generator_for, load_data, loader
+from train.ema import EMA
+from train.frechet import Frechet
+from train.loss import denoising_loss, make_batch
+from train.models import build_network, fit_analytic, fit_wrapping, remember_less, wrap
+from train.optim import Interrupt, learning_rate, zero_bad_gradients
+from train.report import write_report
+from train.rundir import RunFolder, files, write_atomically
 
 log = logging.getLogger("train")
 
@@ -37,95 +43,85 @@ def run(config: Config) -> None:
 
     Raises:
         ConfigError: if the configuration does not fit the data, the processes, or the run in its folder.
-        RuntimeError: if the loss is not finite.
+        RuntimeError: if gradients are not finite for many steps in a row; the state is saved.
     """
     folder = RunFolder(config.out)
     folder.check(config)
-    accelerator = Accelerator(
-        mixed_precision=config.train.precision.value,
-        log_with="tensorboard",
-        project_dir=config.out,
-        # The analytic buffers never change: nothing to broadcast in every step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    is_main, device = accelerator.is_main_process, accelerator.device
+    accelerator = make_accelerator(config)
+    is_main, device, world = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     log.setLevel(logging.INFO if is_main else logging.ERROR)
-    if config.train.batch % accelerator.num_processes:
-        raise ConfigError(
-            f"train.batch: expected a multiple of {accelerator.num_processes}, the number of processes, "
-            f"got {config.train.batch}"
-        )
     if folder.report.is_file():
         log.info(f"{folder.path} is complete: {config.train.steps} steps.\n\n{folder.report.read_text()}")
         return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
 
-    # Fit. Every process does.
+    # Components of few images have fewer axes than asked for; that is no news in a run.
+    logging.getLogger("gaussnet.fit").setLevel(logging.ERROR)
+
+    # Fit.
     data = load_data(config.data)
-    data = Data(data.train.to(device), data.heldout.to(device))
-    log.info(
-        f"data: {config.data.name}, {len(data.train)} training and {len(data.heldout)} held-out images "
-        f"of shape {tuple(data.event_shape)}"
-    )
+    log.info(f"data: {data.train}; {len(data.heldout)} held out")
     started = time.perf_counter()
-    analytic = fit_analytic(config, data)
-    gate = fit_gate(config, data, analytic.gaussian)
-    log.info(
-        f"fit: isotropic, Gaussian, {analytic.mixture.n_components}-component mixture, delta"
-        f"{', gate' if gate else ''} in {time.perf_counter() - started:.1f} s"
-    )
+    analytic = fit_analytic(config, data, accelerator)
+    wrapping = fit_wrapping(config, data, analytic, accelerator)
+    log.info(f"fit: {', '.join(analytic.named())} in {time.perf_counter() - started:.1f} s")
 
     # Build.
     set_seed(config.seed)
     network = build_network(config, data).to(device)
-    model = wrap(config, network, analytic.gaussian, gate).to(device)
-    optimizer = create_optimizer_v2(model, opt=config.train.optimizer, lr=config.train.lr, weight_decay=0.0)
-    ema = ModelEmaV3(network, decay=config.train.ema_decay, use_warmup=True)
-    ema_model = wrap(config, ema.module, analytic.gaussian, gate).to(device).eval()
+    averages = {
+        halflife: EMA(network, 1000 * halflife, config.ema.rampup) for halflife in config.ema.halflife_kimg
+    }
+    if config.network.checkpoint:
+        remember_less(network)
+    model = wrap(config, network, wrapping).to(device)
+    if config.train.compile:
+        network.compile()
+    optimizer = create_optimizer_v2(
+        model, opt=config.train.optimizer, lr=config.train.lr, weight_decay=config.train.weight_decay
+    )
     # Accelerate has no argument for the successor of broadcast_buffers yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     broadcast(list(model.buffers()))  # one fit for all, whatever the machines round to
-    accelerator.register_for_checkpointing(ema)
-    probe = ScoreProbe(
-        analytic.named(),
-        data.train[: config.probe.queries],
-        config.probe.sigmas,
-        generator_for(config.seed, "probe"),
-    )
-    probe_steps = log_spaced(config.train.steps, config.probe.times)
+    for average in averages.values():
+        accelerator.register_for_checkpointing(average)
+    averaged = {k: wrap(config, ema.network, wrapping).to(device).eval() for k, ema in averages.items()}
+    state = Run(config, folder, accelerator, data, analytic.gaussian, model, averaged)
+    probes = Probes(state, analytic)
+    callbacks = (probes, Heldout(state), Samples(state), Frechet(state))
 
     # Start or resume.
-    first = 0
     checkpoint = folder.last_checkpoint()
     accelerator.wait_for_everyone()
+    first = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     if checkpoint is not None:
-        first = int(checkpoint.name.removeprefix("step-"))
         accelerator.load_state(str(checkpoint))
         log.info(f"resuming {folder.path} at step {first} of {config.train.steps}")
     if is_main:
         folder.start(config)
         folder.discard_after(first if checkpoint is not None else -1)
-    accelerator.init_trackers("tensorboard")
+    accelerator.init_trackers("gaussnet", config=_flat(config))
     accelerator.wait_for_everyone()
 
-    def measure(step: int) -> None:
-        if not is_main or step not in probe_steps:
-            return
+    def look(step: int) -> None:
         model.eval()
-        for weights, probed in (("raw", model), ("ema", ema_model)):
-            folder.log_probes({"step": step, "weights": weights, **row} for row in probe(probed))
+        for callback in callbacks:
+            callback(step)
         model.train()
 
     # Train.
     parameters = sum(parameter.numel() for parameter in network.parameters())
     log.info(
         f"training {parameters:,} parameters for {config.train.steps} steps of {config.train.batch} images "
-        f"on {accelerator.num_processes} process(es), {device}"
+        f"on {world} process(es), {device}"
     )
+    share = config.train.batch // world
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    batches = iter(load_batches(config, data, first, mine, device))
     wrapped.train()
     if first == 0:
-        measure(0)
-    losses, since = [], time.perf_counter()
+        look(0)
     bar = tqdm(
         range(first, config.train.steps),
         initial=first,
@@ -135,46 +131,93 @@ def run(config: Config) -> None:
         mininterval=1.0,
         dynamic_ncols=True,
     )
-    for step in bar:
-        lr = config.train.lr * min((step + 1) / max(config.train.warmup, 1), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = step_loss(wrapped, model, data, config, step, accelerator)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        if config.train.clip is not None:
-            accelerator.clip_grad_norm_(wrapped.parameters(), config.train.clip)
-        optimizer.step()
-        ema.update(network, step=step)
-        losses.append(loss.detach())
+    losses: list[Tensor] = []
+    streak = torch.zeros((), device=device)  # of steps with gradients that were not finite
+    bad_steps, waited, since, began = (
+        torch.zeros((), device=device),
+        0.0,
+        time.perf_counter(),
+        time.perf_counter(),
+    )
+    with Interrupt() as interrupt:
+        for step in bar:
+            started = time.perf_counter()
+            raw, labels = next(batches)
+            raw, labels = (part.to(device, non_blocking=True) for part in (raw, labels))
+            waited += time.perf_counter() - started
+            lr = learning_rate(step, config.train.lr, config.train.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = make_batch(raw, labels, step, mine, data, config)
+            # Dropout takes no generator: seed the global one, by process.
+            torch.manual_seed(
+                generator_for(config.seed, "dropout", step, accelerator.process_index).initial_seed()
+            )
+            optimizer.zero_grad()
+            parts, loss = config.train.accumulate, torch.zeros((), device=device)
+            for index in range(parts):
+                with accelerator.no_sync(wrapped) if index < parts - 1 else nullcontext():
+                    part = denoising_loss(wrapped, model, batch.part(index, parts)) / parts
+                    accelerator.backward(part)
+                loss = loss + part.detach()
+            # The scaler of fp16 has to see what overflows, and then skips the step by itself.
+            bad = None if accelerator.scaler is not None else zero_bad_gradients(network.parameters())
+            if config.train.clip is not None:
+                accelerator.clip_grad_norm_(wrapped.parameters(), config.train.clip)
+            optimizer.step()
+            if bad is None:
+                bad = torch.tensor(bool(optimizer.step_was_skipped), device=device)
+            streak, bad_steps = (streak + 1) * bad, bad_steps + bad
+            for average in averages.values():
+                average.update(network, (step + 1) * config.train.batch, config.train.batch)
+            losses.append(loss)
 
-        done = step + 1
-        saves = done % config.checkpoint.every == 0 or done == config.train.steps
-        # Before each checkpoint, too: none may hold a state whose loss was not looked at.
-        if done % config.train.log_every == 0 or saves:
-            mean = float(cast(Tensor, accelerator.reduce(torch.stack(losses).mean(), reduction="mean")))
-            if not math.isfinite(mean):
+            done = step + 1
+            stopping = asked_to_stop(interrupt, accelerator, done)
+            saves = done % config.checkpoint.every == 0 or done == config.train.steps or stopping
+            logs = done % config.train.log_every == 0 or saves
+            broken = (logs or device.type == "cpu") and float(streak) >= config.train.bad_steps
+            if logs or broken:
+                mean = float(cast(Tensor, accelerator.reduce(torch.stack(losses).mean(), reduction="mean")))
+                now = time.perf_counter()
+                row = {
+                    "step": done,
+                    "loss": mean if math.isfinite(mean) else None,
+                    "lr": lr,
+                    "images_per_second": len(losses) * config.train.batch / (now - since),
+                    "waiting": waited / (now - since),  # share of the time that data took
+                    "bad_steps": int(bad_steps),
+                }
+                losses, since, waited = [], now, 0.0
+                accelerator.log({key: value for key, value in row.items() if value is not None}, step=done)
+                if is_main:
+                    folder.log(row)
+                    bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+            if broken:
+                save_checkpoint(accelerator, folder, done, config)
                 raise RuntimeError(
-                    f"the loss is {mean} after step {done}; the last checkpoint is {folder.last_checkpoint()}"
+                    f"gradients were not finite in {int(streak)} steps in a row, up to step {done}; they "
+                    f"were zeroed, and the weights are saved in {folder.last_checkpoint()}"
                 )
-            now = time.perf_counter()
-            speed = len(losses) * config.train.batch / (now - since)
-            losses, since = [], now
-            row = {"step": done, "loss": mean, "lr": lr, "images_per_second": speed}
-            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=done)
-            if is_main:
-                folder.log(row)
-                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.0f}")
-        measure(done)
-        if saves:
-            save_checkpoint(accelerator, folder, done, config)
+            paused = time.perf_counter()
+            look(done)
+            if saves:
+                save_checkpoint(accelerator, folder, done, config)
+            since += time.perf_counter() - paused  # neither counts as training
+            if stopping and done < config.train.steps:
+                bar.close()
+                log.info(f"{interrupt.signal or 'a signal'}: saved step {done}; the same command resumes")
+                accelerator.end_training()
+                return
     bar.close()
+    total = max(time.perf_counter() - began, 1e-9)
+    log.info(f"score probes took {probes.seconds:.1f} s, {probes.seconds / total:.1%} of the run")
 
     # Report.
+    text = write_report(state, analytic)
     if is_main:
-        text = write_report(folder, config, data, analytic, ema_model)
-        ema_model.provenance = provenance(config, data, text)
-        ema_model.save_pretrained(folder.path)
+        state.average.provenance = provenance(config, data, text)
+        state.average.save_pretrained(folder.path)
         write_atomically(folder.report, text)  # last: with it, the run is complete
         names = ", ".join(path.name for path in files(folder))
         log.info(f"\n{text}\nwritten to {folder.path}: {names}")
@@ -182,52 +225,51 @@ def run(config: Config) -> None:
     accelerator.end_training()
 
 
-def provenance(config: Config, data: Data, report: str) -> dict[str, Any]:
-    """The numbers of a run, which its model carries."""
-    training = config.train
-    return {
-        "data": {"name": config.data.name, "training": len(data.train), "held out": len(data.heldout)},
-        "training": {
-            "steps": training.steps,
-            "images": training.steps * training.batch,
-            "batch": training.batch,
-            "optimizer": training.optimizer,
-            "lr": training.lr,
-            "P_mean, P_std": [config.loss.P_mean, config.loss.P_std],
-            "seed": config.seed,
-        },
-        "report": report,
-    }
+def make_accelerator(config: Config) -> Accelerator:
+    """Devices, processes, precision and trackers.
+
+    Raises:
+        ConfigError: if the batch does not divide among processes and parts, or a tracker is not installed.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.train.precision.value,
+            log_with=cast(Any, config.train.trackers or None),
+            project_dir=config.out,
+            # The analytic buffers never change: nothing to broadcast in every step.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.trackers, train.precision: {error}") from error
+    parts = accelerator.num_processes * config.train.accumulate
+    if config.train.batch % parts:
+        raise ConfigError(
+            f"train.batch: expected a multiple of {parts}, processes times train.accumulate, "
+            f"got {config.train.batch}"
+        )
+    return accelerator
 
 
-def step_loss(
-    wrapped: torch.nn.Module,
-    model: BypassPrecond,
-    data: Data,
-    config: Config,
-    step: int,
-    accelerator: Accelerator,
-) -> Tensor:
-    """This process's share of the weighted denoising loss of a step, ln sigma ~ N(P_mean, P_std^2)."""
-    batch = config.train.batch
-    generator = generator_for(config.seed, "noise", step, device=accelerator.device)
-    indices = batch_indices(len(data.train), batch, step, config.seed)
-    clean = data.train[indices.to(accelerator.device)]
-    sigma = torch.randn(batch, generator=generator, device=clean.device) * config.loss.P_std
-    sigma = torch.exp(sigma + config.loss.P_mean)
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-    share = batch // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    clean, sigma, noise = clean[mine], sigma[mine], noise[mine]
-    # Dropout takes no generator: seed the global one, by process.
-    torch.manual_seed(generator_for(config.seed, "dropout", step, accelerator.process_index).initial_seed())
-    denoised = wrapped(clean + sigma[:, None, None, None] * noise, sigma)
-    error = (denoised - clean).square().flatten(1).mean(1)
-    return (model.weight(sigma) * error).mean()
+def load_batches(
+    config: Config, data: Data, first: int, mine: slice, device: torch.device
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """This process's stored images and labels of every step from the first on."""
+    sampler = StepSampler(len(data.train), config.train.batch, config.seed, first, config.train.steps, mine)
+    return loader(data.train, sampler, config.data.workers, pin=device.type == "cuda")
+
+
+def asked_to_stop(interrupt: Interrupt, accelerator: Accelerator, step: int) -> bool:
+    """Whether any process got a signal; they agree every ten steps, and one alone with itself at once."""
+    if accelerator.num_processes == 1:
+        return interrupt.signal is not None
+    if step % 10:
+        return False
+    flag = torch.tensor(float(interrupt.signal is not None), device=accelerator.device)
+    return bool(cast(Tensor, accelerator.reduce(flag, reduction="sum")) > 0)
 
 
 def save_checkpoint(accelerator: Accelerator, folder: RunFolder, step: int, config: Config) -> None:
-    """Saves model, EMA, optimizer, scaler and random states of all processes."""
+    """Saves model, averages, optimizer, scaler and random states of all processes."""
     accelerator.wait_for_everyone()
 
     def write(path: Path) -> None:
@@ -238,6 +280,27 @@ def save_checkpoint(accelerator: Accelerator, folder: RunFolder, step: int, conf
     accelerator.wait_for_everyone()
 
 
-def log_spaced(steps: int, times: int) -> set[int]:
-    """0, and about `times` steps up to the last, evenly spaced in their logarithm."""
-    return {0} | {round(float(step)) for step in torch.logspace(0, torch.log10(torch.tensor(steps)), times)}
+def provenance(config: Config, data: Data, report: str) -> dict[str, Any]:
+    """The numbers of a run, which its model carries."""
+    training, loss = config.train, config.loss
+    return {
+        "data": {"name": data.train.name, "training": len(data.train), "held out": len(data.heldout)},
+        "training": {
+            "steps": training.steps,
+            "images": training.steps * training.batch,
+            "batch": training.batch,
+            "optimizer": training.optimizer,
+            "lr": training.lr,
+            "P_mean, P_std": [loss.P_mean, loss.P_std],
+            "half-life of the average, kimg": config.ema.halflife_kimg[0],
+            "augmentation": ", ".join(config.augment.on()) or "none",
+            "precision": training.precision.value,
+            "seed": config.seed,
+        },
+        "report": report,
+    }
+
+
+def _flat(config: Config) -> dict[str, str]:
+    """What trackers keep of a configuration."""
+    return {"precond": config.precond.value, "config": json.dumps(asdict(config), default=str)}

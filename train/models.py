@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
-from torch import nn
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gaussnet import (
     BypassPrecond,
@@ -15,11 +20,16 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
-    SongUNet,
+    MeasuredError,
 )
+from gaussnet.gate import SIGMAS
+from gaussnet.networks.blocks import UNetBlock
+from gaussnet.networks.dit import DiTBlock
+from gaussnet.networks.mlp import MLPBlock
 from gaussnet.precond import Base
-from train.config import Config, ConfigError, Precond
-from train.data import Data, generator_for
+from train.augment import label_dim
+from train.config import NETWORKS, BypassBase, Config, ConfigError, Precond
+from train.data import Data, fit_source, generator_for
 
 
 @dataclass(frozen=True)
@@ -28,78 +38,171 @@ class Analytic:
 
     isotropic: GaussianDenoiser
     gaussian: GaussianDenoiser
-    mixture: GaussianMixtureDenoiser
+    mixtures: dict[int, GaussianMixtureDenoiser]  # by number of components
     delta: DeltaDenoiser
 
     def named(self) -> dict[str, Denoiser]:
         """Name -> denoiser."""
-        return {
-            "isotropic": self.isotropic,
-            "gaussian": self.gaussian,
-            "mixture": self.mixture,
-            "delta": self.delta,
-        }
+        mixtures = {f"mixture-{k}": mixture for k, mixture in self.mixtures.items()}
+        return {"isotropic": self.isotropic, "gaussian": self.gaussian, **mixtures, "delta": self.delta}
 
 
-def fit_analytic(config: Config, data: Data) -> Analytic:
-    """Fits all of them to the training images.
+@dataclass(frozen=True)
+class Wrapping:
+    """All of a model but its network."""
+
+    base: GaussianDenoiser | GaussianMixtureDenoiser
+    gate: Gate | None = None
+    error: MeasuredError | None = None
+
+
+def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analytic:
+    """Fits all of them to the training images; several processes share the pass for the moments.
 
     Raises:
         ConfigError: if a fit option does not fit the data.
     """
-    fit = config.fit
+    fit, device = config.fit, accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
+    source = fit_source(data.train, rank, world)
+    images, _ = some_images(config, data)
+    images = images.to(device)
     try:
-        gaussian = GaussianDenoiser.fit(data.train, rank=fit.rank, shrinkage=fit.shrinkage)
-        mixture = GaussianMixtureDenoiser.fit(
-            data.train, fit.components, rank=fit.rank, seed=config.seed, shrinkage=fit.shrinkage
-        )
+        gaussian = GaussianDenoiser.fit(
+            source.to(device) if isinstance(source, Tensor) else source,
+            rank=fit.rank,
+            shrinkage=fit.shrinkage,
+            mirror=config.data.xflip,
+            all_processes=world > 1,
+        ).to(device)
+        mixtures = {
+            k: GaussianMixtureDenoiser.fit(images, k, fit.mixture_rank, config.seed, shrinkage=fit.shrinkage)
+            for k in fit.components
+            if k == 1 or len(images) >= 20 * k
+        }
     except ValueError as error:
         raise ConfigError(f"fit: {error}") from error
-    return Analytic(
-        isotropic=GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance),
-        gaussian=gaussian,
-        mixture=mixture,
-        delta=DeltaDenoiser(data.train),
+    isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
+    return Analytic(isotropic, gaussian, mixtures, DeltaDenoiser(images))
+
+
+def some_images(config: Config, data: Data) -> tuple[Tensor, Tensor | None]:
+    """At most fit.max_data training images as float32, drawn at random, and their labels."""
+    index = torch.arange(len(data.train))
+    if len(index) > config.fit.max_data:
+        index = torch.randperm(len(index), generator=generator_for(config.seed, "fit"))[: config.fit.max_data]
+    images, labels = data.train[index]
+    return data.train.to_float(images), labels if data.n_classes else None
+
+
+def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Accelerator) -> Wrapping:
+    """The base of the model, with gate and measured error where the configuration asks for them.
+
+    Raises:
+        ConfigError: if a fit option does not fit the data.
+    """
+    if config.precond is Precond.edm:
+        return Wrapping(analytic.gaussian)
+    device, options = accelerator.device, config.bypass
+    images, labels = some_images(config, data)
+    images = images.to(device)
+    base: GaussianDenoiser | GaussianMixtureDenoiser = analytic.gaussian
+    error = None
+    if options.gaussian is not BypassBase.gaussian:
+        by_class = options.gaussian is BypassBase.classes
+        try:
+            base = GaussianMixtureDenoiser.fit(
+                images,
+                None if by_class else options.components,
+                config.fit.rank,
+                config.seed,
+                labels if by_class else None,
+                config.fit.shrinkage,
+            )
+        except ValueError as problem:
+            raise ConfigError(f"bypass.gaussian: {problem}") from problem
+        base = base.to(device)
+        heldout, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
+        error = MeasuredError.fit(
+            base,
+            data.heldout.to_float(heldout),
+            generator=generator_for(config.seed, "error"),
+            labels=classes if by_class else None,
+        )
+    gate = None
+    if options.gate:
+        gate = fit_gate(config, base, images, labels, accelerator)
+    if config.loss.sigma_max is not None:  # the network never sees what is above
+        gate = gate.cut(config.loss.sigma_max) if gate is not None else Gate.step(config.loss.sigma_max)
+    return Wrapping(base, None if gate is None else gate.to(device), error)
+
+
+def fit_gate(
+    config: Config, base: Denoiser, images: Tensor, labels: Tensor | None, accelerator: Accelerator
+) -> Gate:
+    """The gate; each process measures some of its levels."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = SIGMAS[rank::world] if world > 1 else SIGMAS
+    own = Gate.fit(
+        cast(Any, base),
+        images,
+        mine,
+        config.fit.gate_queries,
+        generator_for(config.seed, "gate"),
+        labels=labels,
+        max_data=config.fit.max_data,
     )
+    if world == 1:
+        return own
+    pairs = sorted(gather_object(list(zip(mine, own.values.tolist(), strict=True))))
+    sigmas, values = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    return Gate(sigmas, values.cummin(0).values)
 
 
-def build_network(config: Config, data: Data) -> SongUNet:
-    """The UNet for the data's channels and resolution.
+def build_network(config: Config, data: Data) -> nn.Module:
+    """The network for the data's channels and resolution.
 
     Raises:
         ConfigError: if the network cannot be built, or cannot take the images.
     """
     channels, height, width = data.event_shape
     shown = config.precond is Precond.bypass and config.bypass.show_gaussian
+    exact = config.network.name == "MLP" and height != width
     try:
-        return SongUNet(
-            img_resolution=max(height, width),
+        return NETWORKS[config.network.name](
+            img_resolution=cast(Any, [height, width] if exact else max(height, width)),
             in_channels=channels * (2 if shown else 1),
             out_channels=channels,
-            **asdict(config.network),
+            label_dim=data.n_classes,
+            augment_dim=label_dim(config.augment),
+            **{key: value for key, value in config.network.arguments.items() if value is not None},
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"network: {error}") from error
 
 
-def fit_gate(config: Config, data: Data, gaussian: GaussianDenoiser) -> Gate | None:
-    """The bypass's gate, where the configuration asks for one."""
-    if config.precond is not Precond.bypass or not config.bypass.gate:
-        return None
-    return Gate.fit(gaussian, data.train, generator=generator_for(config.seed, "gate"))
-
-
-def wrap(config: Config, network: nn.Module, gaussian: GaussianDenoiser, gate: Gate | None) -> BypassPrecond:
+def wrap(config: Config, network: nn.Module, wrapping: Wrapping) -> BypassPrecond:
     """The denoiser around a network: plain EDM, or the bypass."""
     if config.precond is Precond.edm:
-        return EDMPrecond(network, config.edm.sigma_data, event_shape=tuple(gaussian.event_shape))
+        return EDMPrecond(network, config.edm.sigma_data, event_shape=tuple(wrapping.base.event_shape))
     options = config.bypass
-    return BypassPrecond(
-        network,
-        gaussian,
-        gate,
-        options.show_gaussian,
-        cast(Base, options.base),
-        whiten=options.whiten,
-        gate_tol=options.gate_tol,
-    )
+    try:
+        return BypassPrecond(
+            network,
+            wrapping.base,
+            wrapping.gate,
+            options.show_gaussian,
+            cast(Base, options.base),
+            whiten=options.whiten,
+            error=wrapping.error,
+            gate_tol=options.gate_tol,
+        )
+    except ValueError as error:
+        raise ConfigError(f"bypass: {error}") from error
+
+
+def remember_less(network: nn.Module) -> None:
+    """Gradient checkpointing: blocks are evaluated again in the backward pass, not remembered."""
+    for block in network.modules():
+        if isinstance(block, UNetBlock | DiTBlock | MLPBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gaussnet import BypassPrecond, Denoiser, count_nfe, heun, karras_sigmas, plots, teleport
-from train.config import Config
-from train.data import Data, generator_for
+from gaussnet import count_nfe, heun, karras_sigmas, plots, teleport
+from train.callbacks import Run, denoising_errors
+from train.data import generator_for
 from train.models import Analytic
-from train.rundir import RunFolder, append_csv
+from train.rundir import append_csv, read_csv
 
 Row = dict[str, Any]
 
 
-def write_report(run: RunFolder, config: Config, data: Data, analytic: Analytic, model: BypassPrecond) -> str:
-    """Measures the model, writes its tables as CSV and the figures, and returns the text of report.md."""
-    denoisers: dict[str, Denoiser] = {**analytic.named(), "model": model}
-    errors = denoising_errors(denoisers, data.heldout, config)
-    skips, pictures = teleport_table(model, analytic, config)
-    for name, rows in (("errors.csv", errors), ("skips.csv", skips)):
-        (run.path / name).unlink(missing_ok=True)
-        append_csv(run.path / name, rows)
-    plots.image_rows({"real data": data.train, **pictures}, run.path / "samples.png")
-    plots.learning_dynamics(run.read_probes(), run.path / "probes.png")
+def write_report(run: Run, analytic: Analytic) -> str:
+    """Measures the model, writes its tables as CSV and the figures, and returns the text of report.md.
 
-    count = len(data.heldout) * config.report.draws
+    Every process does its share, and gets the text; the main one writes.
+    """
+    config, data = run.config, run.data
+    errors = error_table(run, analytic)
+    skips, pictures = teleport_table(run)
+    count = min(config.report.queries, len(data.heldout))
+    if run.accelerator.is_main_process:
+        for name, rows in (("errors.csv", errors), ("skips.csv", skips)):
+            (run.folder.path / name).unlink(missing_ok=True)
+            append_csv(run.folder.path / name, rows)
+        real = data.train.to_float(data.train.raw(torch.arange(min(12, len(data.train)))))
+        plots.image_rows({"real data": real, **pictures}, run.folder.path / "samples.png")
+        plots.learning_dynamics(read_csv(run.folder.probes), run.folder.path / "probes.png")
     return "\n".join(
         [
-            f"Mean squared denoising error per pixel, {len(data.heldout)} held-out images x "
-            f"{config.report.draws} noise draws = {count} queries",
+            f"Mean squared denoising error per pixel, {count} held-out images x "
+            f"{config.report.draws} noise draws = {count * config.report.draws} queries",
             "",
             markdown(errors, {"sigma": "g"}, ".5f"),
             "",
@@ -46,44 +49,57 @@ def write_report(run: RunFolder, config: Config, data: Data, analytic: Analytic,
     )
 
 
-@torch.no_grad()
-def denoising_errors(denoisers: Mapping[str, Denoiser], clean: Tensor, config: Config) -> list[Row]:
+def error_table(run: Run, analytic: Analytic) -> list[Row]:
     """The mean squared denoising error per pixel on the same noised images, a row for each sigma."""
-    rows: list[Row] = []
-    for sigma in config.report.sigmas:
-        totals = dict.fromkeys(denoisers, 0.0)
-        for draw in range(config.report.draws):
-            generator = generator_for(config.seed, "heldout", draw)
-            x = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
-            for name, denoiser in denoisers.items():
-                totals[name] += float((denoiser(x, sigma) - clean).square().mean())
-        rows.append({"sigma": sigma} | {name: total / config.report.draws for name, total in totals.items()})
-    return rows
+    options = run.config.report
+    count = min(options.queries, len(run.data.heldout))
+    clean, labels = run.heldout(count)
+    mine = run.share(count)
+    denoisers = {**analytic.named(), "model": run.average}
+    totals = {name: torch.zeros(len(options.sigmas), dtype=torch.float64) for name in denoisers}
+    for draw in range(options.draws):
+        generator = generator_for(run.config.seed, "heldout", draw)
+        noise = torch.randn(count, *run.data.event_shape, generator=generator)[mine].to(clean)
+        for name, denoiser in denoisers.items():
+            totals[name] += denoising_errors(denoiser, clean, noise, options.sigmas, labels).cpu()
+    numbers = count * options.draws * run.data.train.event_shape.numel()
+    device = run.accelerator.device
+    means = {name: (run.total(total.to(device)) / numbers).tolist() for name, total in totals.items()}
+    return [
+        {"sigma": sigma} | {name: mean[i] for name, mean in means.items()}
+        for i, sigma in enumerate(options.sigmas)
+    ]
 
 
 @torch.no_grad()
-def teleport_table(
-    model: BypassPrecond, analytic: Analytic, config: Config
-) -> tuple[list[Row], dict[str, Tensor]]:
+def teleport_table(run: Run) -> tuple[list[Row], dict[str, Tensor]]:
     """NFE and distance to a fine solution per number of skipped steps, and rows of samples to look at."""
-    options, gaussian = config.report, analytic.gaussian
+    options, model, gaussian = run.config.report, run.average, run.gaussian
     sigmas = karras_sigmas(options.sample_steps)
-    noise = torch.randn(
-        options.samples, *model.event_shape, generator=generator_for(config.seed, "initial noise")
-    )
-    start = float(sigmas[0]) * noise.to(gaussian.mean.device)
-    fine = heun(model, start, karras_sigmas(options.reference_steps))
+    world = run.accelerator.num_processes
+    count = -(-options.samples // world) * world  # no process without any
+    noise = torch.randn(count, *model.event_shape, generator=generator_for(run.config.seed, "initial noise"))
+    start = float(sigmas[0]) * noise[run.share(count)].to(gaussian.mean.device)
+    classes = torch.arange(count)[run.share(count)] % max(run.data.n_classes, 1)
+    labels = run.data.one_hot(classes.to(start.device))
+    fine = heun(model, start, karras_sigmas(options.reference_steps), class_labels=labels)
     rows: list[Row] = []
     samples: dict[int, Tensor] = {}
     for skip in sorted({0, *options.skips, options.picture_skip}):
         with count_nfe(model) as nfe:
-            samples[skip] = heun(model, *teleport(gaussian, start, sigmas, skip=skip))
-        rms = float((samples[skip] - fine).square().mean().sqrt())
+            ours = heun(model, *teleport(gaussian, start, sigmas, skip=skip), class_labels=labels)
+        square = (ours - fine).double().square().flatten(1).mean(1)
+        rms = float(cast(Tensor, run.accelerator.gather(square)).mean().sqrt())
         rows.append({"skipped": skip, "sigma_skip": float(sigmas[skip]), "NFE": nfe(), "RMS": rms})
-    pictures = {
+        samples[skip] = ours
+    rows_of_images = {
         "Gaussian,\nclosed form": gaussian.flow(start, float(sigmas[0]), 0.0),
         f"model,\n{rows[0]['NFE']} NFE": samples[0],
         f"teleport,\n{_row(rows, options.picture_skip)['NFE']} NFE": samples[options.picture_skip],
+    }
+    pictures = {
+        name: cast(Tensor, run.accelerator.gather(images.float().contiguous()))[: options.samples].cpu()
+        for name, images in rows_of_images.items()
     }
     return [row for row in rows if row["skipped"] in {0, *options.skips}], pictures
 
@@ -99,11 +115,6 @@ def markdown(rows: list[Row], formats: Mapping[str, str], default: str) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
     return "\n".join(lines)
-
-
-def files(run: RunFolder) -> list[Path]:
-    """What a finished run has written, without its checkpoints."""
-    return sorted(path for path in run.path.iterdir() if path.is_file())
 
 
 def _row(rows: list[Row], skip: int) -> Row:

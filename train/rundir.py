@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, ConfigError, differences, to_yaml
+from gaussnet import Denoiser
+from train.config import Config, ConfigError
+from train.configfile import differences, to_yaml
 
 
 class RunFolder:
@@ -21,6 +23,10 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.probes = self.path / "probes.csv"
+        self.heldout = self.path / "heldout.csv"
+        self.frechet = self.path / "frechet.csv"
+        self.pictures = self.path / "samples"
+        self.best = self.path / "best"
         self.report = self.path / "report.md"
         self.checkpoints = self.path / "checkpoints"
 
@@ -70,6 +76,26 @@ class RunFolder:
         for old in sorted(self.checkpoints.glob("step-*[0-9]"))[:-keep]:
             shutil.rmtree(old)
 
+    def fork(self, other: RunFolder, config: Config) -> None:
+        """Copies the last checkpoint and the tables to another folder, to go on there with another config.
+
+        Raises:
+            ConfigError: if there is nothing to go on from, or something in the other folder.
+        """
+        checkpoint = self.last_checkpoint()
+        if checkpoint is None:
+            raise ConfigError(f"--fork: expected a checkpoint in {self.checkpoints}, got none")
+        if other.path.exists():
+            raise ConfigError(f"--fork: expected a new folder, got {other.path}, which exists")
+        aside = other.path.with_name(other.path.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(checkpoint, aside / "checkpoints" / checkpoint.name)
+        for table in (self.metrics, self.probes, self.heldout, self.frechet):
+            if table.is_file():
+                shutil.copy(table, aside / table.name)
+        write_atomically(aside / self.config.name, to_yaml(config))
+        aside.rename(other.path)
+
     def discard_after(self, step: int) -> None:
         """Drops what a killed run recorded, or half saved, after the checkpoint that is resumed from."""
         for partial in self.checkpoints.glob("*.partial"):
@@ -77,26 +103,41 @@ class RunFolder:
         if self.metrics.is_file():
             lines = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
             write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
-        if self.probes.is_file():
-            header, *rows = self.probes.read_text().splitlines() or [""]
+        for table in (self.probes, self.heldout, self.frechet):
+            if not table.is_file():
+                continue
+            header, *rows = table.read_text().splitlines() or [""]
             kept = [
                 row for row in rows if row.split(",", 1)[0].isdigit() and int(row.split(",", 1)[0]) <= step
             ]
-            write_atomically(self.probes, "".join(f"{line}\n" for line in [header, *kept]))
+            write_atomically(table, "".join(f"{line}\n" for line in [header, *kept]))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends a row to metrics.jsonl."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def log_probes(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends tidy rows, with step first, to probes.csv."""
-        append_csv(self.probes, rows)
+    def save_model(self, model: Denoiser, folder: Path) -> None:
+        """Saves a model to a folder inside the run's, which is the old or the new one, whole."""
+        aside = folder.with_name(folder.name + ".partial")
+        if aside.exists():
+            shutil.rmtree(aside)
+        model.save_pretrained(aside)
+        for file in aside.iterdir():
+            sync(file)
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
-    def read_probes(self) -> list[dict[str, str]]:
-        """All rows of probes.csv."""
-        with self.probes.open(newline="") as file:
-            return list(csv.DictReader(file))
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """All rows of a table; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def append_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -132,3 +173,8 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except json.JSONDecodeError:  # the last line of a killed run
         return float("inf")
+
+
+def files(run: RunFolder) -> list[Path]:
+    """What a finished run has written, without its checkpoints."""
+    return sorted(path for path in run.path.iterdir() if path.is_file())

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,25 @@ class ImageData(Dataset[tuple[Tensor, Tensor]]):
             skipped=self.skipped,
         )
 
+    def padded(self, pixels: int) -> ImageData:
+        """The data set with a frame of black of this width around each image, scaled as this one.
+
+        Raises:
+            ValueError: if `pixels` is negative, or the range of values is not known.
+        """
+        if pixels < 0 or (pixels and self._range is None):
+            raise ValueError(f"{self.name}: expected pixels >= 0 and a range with a black, got {pixels}")
+        if not pixels:
+            return self
+        assert self._range is not None
+        return ImageData(
+            Padded(self._images, pixels, self._range[0]),
+            self.labels,
+            name=self.name,
+            scaling=self._range,
+            skipped=self.skipped,
+        )
+
     def usable(self) -> Tensor:
         """Whether the values of each image are finite and in range, (N,), bool: reads all of them."""
         return torch.cat([self._in_range(self._images[i]) for i in torch.arange(len(self)).split(1024)])
@@ -191,6 +211,19 @@ class Picked:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.images[self.index[index]]
+
+
+class Padded:
+    """Images of a store in a frame."""
+
+    def __init__(self, images: Store, pixels: int, value: float) -> None:
+        self.images, self.pixels, self.value = images, pixels, value
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return functional.pad(self.images[index], (self.pixels,) * 4, value=self.value)
 
 
 def spread(count: int) -> Tensor:

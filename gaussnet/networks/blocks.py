@@ -104,13 +104,14 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
 
 def _filter2d(taps: Sequence[float]) -> Tensor:
     """The filter f (1, 1, k, k) of the taps r (k,)."""
-    r = torch.tensor(taps, dtype=torch.float32)
+    taps = list(taps)
     # An odd filter cannot double a size; and of two taps only [1, 1] is symmetric (see _up, _down).
-    if r.ndim != 1 or len(r) == 0 or len(r) % 2 or not r.equal(r.flip(0)) or r.sum() <= 0:
+    if not taps or len(taps) % 2 or taps != taps[::-1] or sum(taps) <= 0:
         raise ValueError(
-            f"resample_filter: got {list(taps)}, expected an even number of symmetric taps "
+            f"resample_filter: got {taps}, expected an even number of symmetric taps "
             "with a positive sum, such as [1, 1] or [1, 3, 3, 1]"
         )
+    r = torch.tensor(taps, dtype=torch.float32)
     return (r.outer(r) / r.sum().square())[None, None]
 
 

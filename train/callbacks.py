@@ -1,0 +1,207 @@
+"""What is looked at while a network learns: score probes, held-out error, samples, Frechet distance.
+
+Each is built once, with its fixed queries or noise, and called with the step. Every process calls it and does
+its share; the main one writes. They leave the random state of the training as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from gaussnet import BypassPrecond, GaussianDenoiser, ScoreProbe, heun, karras_sigmas, plots, teleport
+from gaussnet.probes import log_spaced
+from train.config import Config
+from train.data import Data, generator_for
+from train.models import Analytic
+from train.rundir import RunFolder, append_csv, read_csv
+
+log = logging.getLogger("train")
+
+
+@dataclass
+class Run:
+    """What the callbacks see."""
+
+    config: Config
+    folder: RunFolder
+    accelerator: Accelerator
+    data: Data
+    gaussian: GaussianDenoiser
+    model: BypassPrecond  # with the weights that are trained
+    averages: dict[float, BypassPrecond]  # by half-life in thousands of images; the first is the run's model
+
+    @property
+    def average(self) -> BypassPrecond:
+        """The model of the run."""
+        return next(iter(self.averages.values()))
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` queries, which the processes divide evenly but for the last."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = -(-count // world)
+        return slice(min(rank * size, count), min((rank + 1) * size, count))
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return cast(Tensor, self.accelerator.reduce(x, reduction="sum"))
+
+    def heldout(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """This process's part of the first held-out images, on its device, and their one-hot labels."""
+        index = torch.arange(min(count, len(self.data.heldout)))[
+            self.share(min(count, len(self.data.heldout)))
+        ]
+        raw, labels = self.data.heldout[index]
+        device = self.accelerator.device
+        return self.data.heldout.to_float(raw.to(device)), self.data.one_hot(labels.to(device))
+
+
+class Probes:
+    """Score probes at log-spaced steps, of the trained weights and their average."""
+
+    def __init__(self, run: Run, analytic: Analytic) -> None:
+        config, accelerator = run.config, run.accelerator
+        world = accelerator.num_processes
+        count = max(world, min(config.probe.queries, len(run.data.train)) // world * world)
+        raw, labels = run.data.train[torch.arange(count)]
+        labels = run.data.one_hot(labels)
+        self.run = run
+        self.probe = ScoreProbe(
+            analytic.named(),
+            run.data.train.to_float(raw).to(accelerator.device),
+            sigmas=config.probe.sigmas,
+            generator=generator_for(config.seed, "probe"),
+            share=(accelerator.process_index, world),
+            class_labels=None if labels is None else labels.to(accelerator.device),
+        )
+        # A training step costs three evaluations an image; a probe is of two networks at two kinds of them.
+        one = len(config.probe.sigmas) * count * 4
+        affordable = int(config.probe.share * config.train.steps * config.train.batch * 3 / one)
+        times = max(2, min(config.probe.times, affordable))
+        if times < config.probe.times:
+            log.info(
+                f"probes: {times} of {config.probe.times}, to stay below {config.probe.share:.0%} of the run"
+            )
+        self.steps = set(log_spaced(config.train.steps, times))
+        self.seconds = 0.0
+
+    def __call__(self, step: int) -> None:
+        if step not in self.steps:
+            return
+        run, started = self.run, time.perf_counter()
+        for weights, model in (("raw", run.model), ("ema", run.average)):
+            values = self.probe.measure(model)
+            values = cast(Tensor, run.accelerator.gather(values.movedim(-1, 0).contiguous())).movedim(0, -1)
+            if run.accelerator.is_main_process:
+                rows = self.probe.rows(values)
+                append_csv(run.folder.probes, ({"step": step, "weights": weights, **row} for row in rows))
+        self.seconds += time.perf_counter() - started
+
+
+class Heldout:
+    """The denoising error on held-out images, and the best model so far by its mean over the levels."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        options = run.config.heldout
+        self.clean, self.labels = run.heldout(options.queries)
+        self.count = min(options.queries, len(run.data.heldout))
+        noise = torch.randn(
+            self.count, *run.data.event_shape, generator=generator_for(run.config.seed, "held out")
+        )
+        self.noise = noise[run.share(self.count)].to(self.clean)
+
+    def due(self, step: int) -> bool:
+        every = self.run.config.heldout.every
+        return every > 0 and (step % every == 0 or step == self.run.config.train.steps)
+
+    def __call__(self, step: int) -> None:
+        if not self.due(step):
+            return
+        run = self.run
+        names = {"raw": run.model} | {
+            "ema" if i == 0 else f"ema-{halflife:g}": model
+            for i, (halflife, model) in enumerate(run.averages.items())
+        }
+        rows: list[dict[str, Any]] = []
+        for name, model in names.items():
+            errors = run.total(
+                denoising_errors(model, self.clean, self.noise, run.config.heldout.sigmas, self.labels)
+            )
+            errors = (errors / (self.count * run.data.train.event_shape.numel())).tolist()
+            # Relative to the Gaussian's own error, every level weighs the same.
+            relative = [
+                error / float(run.gaussian.bayes_error(sigma))
+                for error, sigma in zip(errors, run.config.heldout.sigmas, strict=True)
+            ]
+            rows += [
+                {"step": step, "weights": name, "sigma": sigma, "error": error, "relative": share}
+                for sigma, error, share in zip(run.config.heldout.sigmas, errors, relative, strict=True)
+            ]
+        if not run.accelerator.is_main_process:
+            return
+        before = best_error(read_csv(run.folder.heldout))
+        append_csv(run.folder.heldout, rows)
+        now = best_error([{key: str(value) for key, value in row.items()} for row in rows])
+        run.accelerator.log({"heldout_error": now}, step=step)
+        if now < before:
+            run.folder.save_model(run.average, run.folder.best)
+
+
+def best_error(rows: Sequence[dict[str, str]]) -> float:
+    """The lowest mean relative error of the averaged weights over all steps of heldout.csv; inf of none."""
+    by_step: dict[str, list[float]] = {}
+    for row in rows:
+        if row["weights"] == "ema":
+            by_step.setdefault(row["step"], []).append(float(row["relative"]))
+    return min((sum(values) / len(values) for values in by_step.values()), default=float("inf"))
+
+
+@torch.no_grad()
+def denoising_errors(
+    model: Any, clean: Tensor, noise: Tensor, sigmas: Sequence[float], labels: Tensor | None
+) -> Tensor:
+    """The sum of squared denoising errors at each level, (levels,), float64."""
+    totals = torch.zeros(len(sigmas), dtype=torch.float64, device=clean.device)
+    for i, sigma in enumerate(sigmas):
+        for part in torch.arange(len(clean), device=clean.device).split(256):
+            own = None if labels is None else labels[part]
+            error = model(clean[part] + sigma * noise[part], sigma, own) - clean[part]
+            totals[i] += error.double().square().sum()
+    return totals
+
+
+class Samples:
+    """A picture of samples from fixed noise, with and without teleport."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, options = run, run.config.samples
+        world = run.accelerator.num_processes
+        count = -(-options.count // world) * world  # no process without any
+        noise = torch.randn(count, *run.data.event_shape, generator=generator_for(run.config.seed, "samples"))
+        self.noise = noise[run.share(count)].to(run.accelerator.device)
+        labels = torch.arange(count)[run.share(count)] % max(run.data.n_classes, 1)
+        self.labels = run.data.one_hot(labels.to(run.accelerator.device))
+
+    def __call__(self, step: int) -> None:
+        run, options = self.run, self.run.config.samples
+        if not (options.every and step % options.every == 0):
+            return
+        sigmas = karras_sigmas(options.steps)
+        start = float(sigmas[0]) * self.noise
+        rows: dict[str, Tensor] = {}
+        for name, skip in (("model", 0), (f"teleport,\n{options.skip} steps", options.skip)):
+            images = heun(
+                run.average, *teleport(run.gaussian, start, sigmas, skip=skip), class_labels=self.labels
+            )
+            rows[name] = cast(Tensor, run.accelerator.gather(images))[: options.count].cpu()
+        if run.accelerator.is_main_process:
+            run.folder.pictures.mkdir(exist_ok=True)
+            plots.image_rows(rows, run.folder.pictures / f"step-{step:09d}.png")
