@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,49 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
                 elif key in ("step", "weights", "sigma", "reference", "skipped", "NFE"):
                     assert value == other[key], (table, row)
     assert {path.name for path in two.iterdir() if path.is_file()} == FILES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """200 steps in one go, and with SIGKILL at random moments, inside of saves, too."""
+    options = [*TINY, "train.steps=200", "checkpoint.every=1", "probe.times=1", "heldout.every=0"]
+    options += ["samples.every=0", "report.reference_steps=6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.loop.run(load_config(ROOT / "configs" / "digits.yaml", [*options, f"out={whole}"]))
+    random = np.random.default_rng(0)
+    kills = 0
+    while not (killed / "report.md").exists():
+        command = [sys.executable, "-m", "train", "configs/digits.yaml", *options, f"out={killed}"]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        before = sorted(killed.glob("checkpoints/*"))
+        while process.poll() is None and sorted(killed.glob("checkpoints/*")) == before:
+            time.sleep(0.01)  # it steps, and saves at every step
+        try:
+            process.wait(float(random.uniform(0.5, 6)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3, "too fast to be killed"
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(killed)[name], tensor), name
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_it_trains_the_same(complete: Path, tmp_path: Path) -> None:
+    options = ["network.arguments.dropout=0", "probe.times=1", "report.reference_steps=6"]
+    for compiled in ("false", "true"):
+        train.loop.run(tiny(tmp_path / compiled, f"train.compile={compiled}", *options))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    plain, compiled_weights = weights(tmp_path / "false"), weights(tmp_path / "true")
+    assert plain.keys() == compiled_weights.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled_weights[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
