@@ -1,7 +1,52 @@
 """Sampling: noise levels, solvers as plain functions, and the closed-form jump past their first steps."""
 
-from gaussnet.samplers.schedules import karras_sigmas
-from gaussnet.samplers.solvers import count_nfe, euler, heun
+from gaussnet.samplers.adams import deis, ipndm, pndm
+from gaussnet.samplers.exponential import dpmpp_2m, dpmpp_3m, unipc
+from gaussnet.samplers.optimised import optimised_sigmas
+from gaussnet.samplers.reference import dop853
+from gaussnet.samplers.schedules import karras_sigmas, log_snr_sigmas, rounded_sigmas, vp_sigmas
+from gaussnet.samplers.solvers import ddim, dpmpp_2s, edm_stochastic, euler, heun
+from gaussnet.samplers.stepping import Callback, History, Solver, count_nfe
 from gaussnet.samplers.teleport import teleport
 
-__all__ = ["count_nfe", "euler", "heun", "karras_sigmas", "teleport"]
+SOLVERS: dict[str, Solver] = {
+    "euler": euler,
+    "ddim": ddim,
+    "heun": heun,
+    "edm_stochastic": edm_stochastic,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc": unipc,
+    "pndm": pndm,
+    "ipndm": ipndm,
+    "deis": deis,
+    "dop853": dop853,
+}
+"""The solvers by name, for configurations and command lines. A new one is one more line."""
+
+__all__ = [
+    "SOLVERS",
+    "Callback",
+    "History",
+    "Solver",
+    "count_nfe",
+    "ddim",
+    "deis",
+    "dop853",
+    "dpmpp_2m",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "edm_stochastic",
+    "euler",
+    "heun",
+    "ipndm",
+    "karras_sigmas",
+    "log_snr_sigmas",
+    "optimised_sigmas",
+    "pndm",
+    "rounded_sigmas",
+    "teleport",
+    "unipc",
+    "vp_sigmas",
+]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gaussnet.network_denoiser import NetworkDenoiser
+from gaussnet.schedules import DiscreteSchedule
+
 
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """The grid of EDM: n levels evenly spaced in sigma^(1/rho) (Eq. 40), then 0.
+
+    Other codes call it polynomial. With rho = 1 it is even in sigma; for rho to infinity, `log_snr_sigmas`.
 
         sigma_i = (sigma_max^(1/rho) + i/(n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
 
@@ -31,19 +38,129 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
         >>> [round(sigma, 3) for sigma in karras_sigmas(4).tolist()]
         [80.0, 9.723, 0.47, 0.002, 0.0]
     """
-    if n < 1:
-        raise ValueError(f"expected n >= 1 steps, got {n}")
-    if not 0 < sigma_min < sigma_max < float("inf"):
-        raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    _check_ends(n, sigma_min, sigma_max)
     if not rho > 0:
         raise ValueError(f"expected rho > 0, got {rho}")
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64) ** (1 / rho)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
-    levels = torch.lerp(ends[0], ends[1], ramp) ** rho
+    return _with_ends(torch.lerp(ends[0], ends[1], ramp) ** rho, sigma_min, sigma_max)
+
+
+def log_snr_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Levels evenly spaced in log sigma, and so in the log signal-to-noise ratio -2 log sigma, then 0.
+
+    The steps in which exponential integrators are even. Reference: Lu et al. 2022, arXiv 2206.00927.
+
+    Args:
+        n: number of levels above 0, which is the number of steps.
+        sigma_min: the last level above 0.
+        sigma_max: the first level.
+
+    Returns:
+        float64 tensor of shape (n + 1,).
+
+    Raises:
+        ValueError: if n < 1 or not 0 < sigma_min < sigma_max.
+
+    Example:
+        >>> [round(sigma, 3) for sigma in log_snr_sigmas(3, 0.01, 100.0).tolist()]
+        [100.0, 1.0, 0.01, 0.0]
+    """
+    _check_ends(n, sigma_min, sigma_max)
+    levels = torch.linspace(math.log(sigma_max), math.log(sigma_min), n, dtype=torch.float64).exp()
+    return _with_ends(levels, sigma_min, sigma_max)
+
+
+def vp_sigmas(
+    n: int,
+    betas: Literal["linear", "scaled_linear"] | Tensor = "linear",
+    spacing: Literal["leading", "trailing", "linspace"] = "leading",
+    offset: int = 0,
+) -> Tensor:
+    """sigma_t / alpha_t at n of the steps of a discrete VP process, then 0.
+
+    Of T steps t = 0 .. T - 1, "leading" takes multiples of T // n, as DDIM does, "trailing" those of T / n
+    counted from the end, and "linspace" n from end to end.
+
+    Reference: Lin et al. 2023, arXiv 2305.08891, Table 2.
+
+    Args:
+        n: number of levels above 0, which is the number of steps.
+        betas: variances of the T steps; "linear" are DDPM's 1,000 from 1e-4 to 0.02 (arXiv 2006.11239), and
+            "scaled_linear" Stable Diffusion's from 0.00085 to 0.012, whose roots are evenly spaced.
+        spacing: which steps are taken.
+        offset: added to the steps of "leading"; Stable Diffusion's is 1.
+
+    Returns:
+        float64 tensor of shape (n + 1,).
+
+    Raises:
+        ValueError: if the betas or the spacing are unknown, or the process has not n such steps.
+
+    Example:
+        >>> [round(sigma, 2) for sigma in vp_sigmas(4, "scaled_linear", "trailing").tolist()]
+        [14.61, 4.08, 1.61, 0.69, 0.0]
+    """
+    schedule = DiscreteSchedule.from_betas(_betas(betas))
+    count = len(schedule.log_levels)
+    if spacing not in ("leading", "trailing", "linspace"):
+        raise ValueError(f"expected spacing to be 'leading', 'trailing' or 'linspace', got {spacing!r}")
+    if not 1 <= n <= count:
+        raise ValueError(f"expected 1 <= n <= {count}, the steps of the process, got {n}")
+    index = torch.arange(n, dtype=torch.float64)
+    if spacing == "leading":
+        steps = (n - 1 - index) * (count // n) + offset
+    elif spacing == "trailing":
+        steps = (count - index * (count / n)).round() - 1
+    else:
+        steps = torch.linspace(count - 1, 0, n, dtype=torch.float64).round()
+    if not 0 <= steps[-1] <= steps[0] < count:
+        raise ValueError(
+            f"expected steps from 0 to {count - 1}, got {steps.long().tolist()}: offset={offset}"
+        )
+    levels = schedule.log_levels[steps.long()].exp()
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+def rounded_sigmas(model: NetworkDenoiser, sigmas: Tensor) -> Tensor:
+    """The levels nearest to a grid's that a model knows, each once: EDM's treatment of discrete models.
+
+    Args:
+        model: its `round_sigma` is asked.
+        sigmas: decreasing levels that end in 0.
+
+    Returns:
+        float64 grid; shorter than `sigmas` where that is finer than the model's levels.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0.
+    """
+    levels = model.round_sigma(torch.tensor(check_sigmas(sigmas), dtype=torch.float64))
+    return torch.unique_consecutive(levels)
+
+
+def _check_ends(n: int, sigma_min: float, sigma_max: float) -> None:
+    if n < 1:
+        raise ValueError(f"expected n >= 1 steps, got {n}")
+    if not 0 < sigma_min < sigma_max < float("inf"):
+        raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+
+
+def _with_ends(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
     levels[0] = sigma_max  # to the last bit, so that grids can be compared and joined
-    if n > 1:
+    if len(levels) > 1:
         levels[-1] = sigma_min
     return torch.cat([levels, levels.new_zeros(1)])
+
+
+def _betas(betas: str | Tensor) -> Tensor:
+    if isinstance(betas, Tensor):
+        return betas
+    if betas == "linear":
+        return torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    if betas == "scaled_linear":
+        return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    raise ValueError(f"expected betas to be a tensor, 'linear' or 'scaled_linear', got {betas!r}")
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:

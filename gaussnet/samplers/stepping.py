@@ -1,0 +1,107 @@
+"""What the solvers share: how they are called, how they call a denoiser, what they report.
+
+Every solver is called as `solver(denoiser, x, sigmas, *, class_labels=None, callback=None, dtype=None)`: x is
+the state at sigmas[0], the grid decreases and ends in 0, and the state at 0 is returned. This is the
+convention of k-diffusion: its samplers and these can be exchanged. Multistep solvers take `history` besides,
+and stochastic ones `generator`.
+
+Denoisers get one sigma per sample. `callback` receives a dict per step: x, i, sigma, sigma_hat (the level of
+x), denoised. With `dtype` the state is kept, and returned, in that dtype (EDM samples in float64), while the
+denoiser gets it in the dtype of the x that came in.
+
+The step to 0 is the same in every solver: it ends on the denoised. It is the exact solution for a denoised
+that no longer changes, and it needs no output at 0, where a network has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gaussnet.network_denoiser import NetworkDenoiser
+
+Callback = Callable[[dict[str, Any]], None]
+Denoise = Callable[[Tensor, float], Tensor]
+History = Sequence[tuple[float, Tensor, Tensor]]
+"""What is known of the trajectory above sigmas[0]: (sigma, x, denoised) from high to low, newest last."""
+
+
+class Solver(Protocol):
+    """A function that takes the state at sigmas[0] to the state at 0."""
+
+    def __call__(
+        self,
+        denoiser: nn.Module,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        class_labels: Tensor | None = None,
+        callback: Callback | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+
+
+def start(
+    denoiser: nn.Module, x: Tensor, class_labels: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Denoise]:
+    """The state in the dtype in which it is kept, and the denoiser as a function of a state and a level."""
+    own = x.dtype
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        if dtype is not None:
+            x = x.to(own)
+        level = torch.full(
+            x.shape[:1], sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
+        denoised = (
+            denoiser(x, level) if class_labels is None else denoiser(x, level, class_labels=class_labels)
+        )
+        return denoised if dtype is None else denoised.to(dtype)
+
+    return x if dtype is None else x.to(dtype), denoise
+
+
+def report(
+    callback: Callback | None,
+    x: Tensor,
+    i: int,
+    sigma: float,
+    denoised: Tensor,
+    sigma_hat: float | None = None,
+) -> None:
+    """Calls back, if anyone listens. `sigma_hat` is the level of x where that is not sigma."""
+    if callback is not None:
+        level = sigma if sigma_hat is None else sigma_hat
+        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": level, "denoised": denoised})
+
+
+@contextmanager
+def count_nfe(denoiser: nn.Module) -> Iterator[Callable[[], int]]:
+    """Counts the evaluations of a denoiser; of one that holds a network, those of the network.
+
+    A model whose gate is closed therefore counts for nothing.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, heun, karras_sigmas
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), 1.0)
+        >>> with count_nfe(gaussian) as nfe:
+        ...     x = heun(gaussian, 80 * torch.randn(1, 1, 2, 2), karras_sigmas(18))
+        >>> nfe()
+        35
+    """
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    counted = denoiser.model if isinstance(denoiser, NetworkDenoiser) else denoiser
+    handle = counted.register_forward_pre_hook(count)
+    try:
+        yield lambda: calls
+    finally:
+        handle.remove()
