@@ -33,6 +33,7 @@ from gaussnet.precond import BypassPrecond, EDMPrecond
 from gaussnet.probes import ScoreProbe, unexplained_variance
 from gaussnet.samplers import (
     SOLVERS,
+    afs,
     count_nfe,
     ddim,
     deis,
@@ -42,6 +43,7 @@ from gaussnet.samplers import (
     dpmpp_3m,
     edm_stochastic,
     euler,
+    find_sigma_skip,
     heun,
     ipndm,
     karras_sigmas,
@@ -52,6 +54,7 @@ from gaussnet.samplers import (
     teleport,
     unipc,
     vp_sigmas,
+    warm_start,
 )
 from gaussnet.version import __version__
 
@@ -82,6 +85,7 @@ __all__ = [
     "VEPrecond",
     "VPPrecond",
     "__version__",
+    "afs",
     "count_nfe",
     "ddim",
     "deis",
@@ -92,6 +96,7 @@ __all__ = [
     "edm_stochastic",
     "euler",
     "find_sigma_gate",
+    "find_sigma_skip",
     "from_pretrained",
     "heun",
     "iDDPMPrecond",
@@ -108,4 +113,5 @@ __all__ = [
     "unexplained_variance",
     "unipc",
     "vp_sigmas",
+    "warm_start",
 ]

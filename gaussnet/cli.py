@@ -3,6 +3,8 @@
     gaussnet fit DATA --out DIR [--components K | --classes] [--rank R] ...
     gaussnet info MODEL
     gaussnet import-edm SNAPSHOT.pkl DIR
+    gaussnet watch RUN [--every SECONDS] [--once]
+    gaussnet report RUN [--out FILE.html] [--open]
 
 `fit` under `accelerate launch --no_python` or `torchrun --no-python` shares a pass over the data between
 processes. Errors are one line on standard error, with exit status 2; nothing is written then.
@@ -16,6 +18,7 @@ import json
 import logging
 import os
 import sys
+import webbrowser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser, Gaussi
 from gaussnet.edm_import import import_edm
 from gaussnet.fit.spectrum import OPTIONS
 from gaussnet.hub import CONFIG_NAME, from_pretrained
+from gaussnet.run_report import Run, watch, write_page
 from gaussnet.summary import summarise
 from gaussnet.version import __version__
 
@@ -66,6 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     edm.add_argument("out", type=Path, metavar="DIR", help="folder for the model")
     edm.add_argument("--overwrite", action="store_true", help="replace a model that lies there")
     edm.set_defaults(run=_import_edm)
+    watching = commands.add_parser("watch", help="show how a training run is doing, until it is complete")
+    watching.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    watching.add_argument(
+        "--every", type=float, default=10.0, metavar="SECONDS", help="between looks (default: %(default)g)"
+    )
+    watching.add_argument("--once", action="store_true", help="print one status, and write nothing")
+    watching.set_defaults(run=_watch)
+    report = commands.add_parser("report", help="write a training run's page, one HTML file")
+    report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="(default: RUN/report.html)")
+    report.add_argument("--open", action="store_true", help="show it in a browser")
+    report.set_defaults(run=_report)
     for command in commands.choices.values():
         command.add_argument("-v", "--verbose", action="store_true", help="log what is being done")
     return parser
@@ -215,6 +231,17 @@ def _import_edm(options: argparse.Namespace) -> None:
     model.provenance = {"data": {"snapshot": options.snapshot.name}}
     model.save_pretrained(options.out)
     print(f"{summarise(model)}\n\nsaved to {options.out}")
+
+
+def _watch(options: argparse.Namespace) -> None:
+    watch(options.folder, options.every, options.once)
+
+
+def _report(options: argparse.Namespace) -> None:
+    page = write_page(Run(options.folder), options.out)
+    print(page)
+    if options.open:
+        webbrowser.open(page.resolve().as_uri())
 
 
 # Parts --------------------------------------------------------------------------------------------

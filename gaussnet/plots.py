@@ -55,6 +55,7 @@ def learning_dynamics(
         lines, columns, figsize=(3.1 * columns, 2.5 * lines), squeeze=False, sharex=True, layout="constrained"
     )
     for axis, sigma in zip(axes.flat, sigmas, strict=False):
+        scale = "linear"  # of a panel without any positive value
         for reference, colour in colours.items():
             points = sorted(
                 (int(row["step"]), float(row["mean"]))
@@ -65,9 +66,11 @@ def learning_dynamics(
                 continue
             steps, means = np.array(points).T
             # An untrained bypass model is its base: 0 has no place on a logarithmic axis.
+            drawn = np.isfinite(means) & (means > 0)
+            scale = "log" if drawn.any() else scale
             axis.plot(
                 np.maximum(steps, 0.5),
-                np.where(means > 0, means, np.nan),
+                np.where(drawn, means, np.nan),
                 label=reference,
                 color=colour,
                 lw=1.4,
@@ -75,7 +78,7 @@ def learning_dynamics(
             least = closest[sigma, reference]
             if least["minimum"] > 0:
                 axis.plot(max(least["step"], 0.5), least["minimum"], "o", color=colour, ms=4)
-        axis.set(xscale="log", yscale="log", title=f"$\\sigma$ = {sigma:g}")
+        axis.set(xscale="log", yscale=scale, title=f"$\\sigma$ = {sigma:g}")
         axis.grid(alpha=0.25, which="major")
     for axis in axes.flat[len(sigmas) :]:
         axis.set_visible(False)

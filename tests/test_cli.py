@@ -160,6 +160,61 @@ def test_info_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no config.json" in capsys.readouterr().err
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A training run's folder that has a row of metrics."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("train: {steps: 80, batch: 5}\n")
+    (folder / "metrics.jsonl").write_text('{"step": 20, "loss": 0.125, "images_per_second": 50}\n')
+    return folder
+
+
+def test_watch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(run), "--once"]) == 0
+    printed = capsys.readouterr().out
+    assert "run: at step 20 of 80" in printed
+    assert "] 25.0%" in printed
+    assert "0.125, mean of the last 5 rows 0.125" in printed
+    assert "50 images/s" in printed
+    assert "about 6 s of training" in printed
+    assert not (run / "report.html").exists()
+
+
+def test_report(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert "run: at step 20 of 80" in (run / "report.html").read_text()
+    assert opened == []
+    other = run.parent / "other.html"
+    assert main(["report", str(run), "--out", str(other), "--open"]) == 0
+    assert opened == [other.resolve().as_uri()]
+    assert other.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["watch", "RUN/.."], "expected the folder of a run, with a config.yaml or metrics.jsonl, got "),
+        (["report", "missing"], "expected the folder of a run, got missing, which is none"),
+        (["watch", "RUN", "--every", "0"], "expected seconds > 0, got 0"),
+        (["report", "RUN", "--out", "RUN/report.md"], "expected a file FILE.html for the page, got"),
+    ],
+)
+def test_errors_of_runs(
+    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(run.iterdir())
+    places = [argument.replace("RUN", str(run)) for argument in arguments]
+    assert main(places) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"gaussnet {arguments[0]}: {message}")
+    assert captured.err.count("\n") == 1
+    assert sorted(run.iterdir()) == before
+
+
 def test_two_processes_share_a_fit(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

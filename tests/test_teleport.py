@@ -7,7 +7,21 @@ import pytest
 import torch
 from cases import COVARIANCES, DTYPES, denoiser, gaussian, randn, relative_error
 
-from gaussnet import heun, karras_sigmas, teleport
+from gaussnet import (
+    SOLVERS,
+    Gate,
+    GaussianDenoiser,
+    afs,
+    dop853,
+    euler,
+    find_sigma_skip,
+    heun,
+    karras_sigmas,
+    teleport,
+    warm_start,
+)
+from gaussnet.samplers import flow_of, runge_kutta
+from gaussnet.samplers.choosing import table
 
 GRID = karras_sigmas(18)
 kinds = pytest.mark.parametrize("kind", COVARIANCES)
@@ -89,8 +103,8 @@ def test_dtypes_and_devices_follow_x(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either skip or sigma_skip, got skip=None and sigma_skip=None"),
-        ({"skip": 1, "sigma_skip": 2.0}, "either skip or sigma_skip, got skip=1 and sigma_skip=2.0"),
+        ({}, "either skip, sigma_skip or tol, got skip=None, sigma_skip=None, tol=None"),
+        ({"skip": 1, "sigma_skip": 2.0}, "got skip=1, sigma_skip=2.0, tol=None"),
         ({"skip": -1}, "0 <= skip < 18, the number of steps, got -1"),
         ({"skip": 18}, "0 <= skip < 18, the number of steps, got 18"),
         ({"sigma_skip": 81.0}, r"0 < sigma_skip <= sigmas\[0\] = 80, got 81.0"),
@@ -105,3 +119,182 @@ def test_impossible_jumps(arguments: dict[str, Any], message: str) -> None:
     g = gaussian()
     with pytest.raises(ValueError, match=message):
         teleport(g, **{"x": randn(2, *g.event_shape), "sigmas": GRID, **arguments})
+
+
+# Regrid and history -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
+    g = gaussian("full")
+    x = 80 * randn(4, *g.event_shape)
+    moved, rest = teleport(g, x, GRID, sigma_skip=8.0, steps=steps)
+    assert moved.equal(g.flow(x, 80.0, 8.0))
+    expected = karras_sigmas(steps, 0.002, 8.0) if steps > 1 else torch.tensor([8.0, 0.0]).double()
+    assert rest.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("how", "above"),
+    [
+        ({"skip": 5}, [28.37, 19.35, 12.91]),
+        ({"skip": 1}, [None, 80.0, 57.59]),
+        ({"sigma_skip": 10.0}, [28.37, 19.35, 12.91]),
+        ({"sigma_skip": 8.0, "steps": 6}, [91.55, 44.47, 19.88]),
+    ],
+)
+def test_history_is_the_trajectory_a_step_apart(how: dict[str, Any], above: list[float | None]) -> None:
+    g = gaussian("low-rank")
+    x = 80 * randn(4, *g.event_shape)
+    moved, rest, history = teleport(g, x, GRID, **how, return_history=True)
+    plain = teleport(g, x, GRID, **how)
+    assert moved.equal(plain[0])
+    assert rest.equal(plain[1])
+    levels = [level for level, _, _ in history]
+    assert all(upper > lower for upper, lower in zip(levels, [*levels[1:], float(rest[0])], strict=True))
+    if how == {"skip": 5}:
+        above = [28.37, 19.35]
+        assert levels[-1] == pytest.approx(19.35, rel=1e-3)
+    elif None not in above and "steps" in how:
+        assert levels == pytest.approx(above, rel=1e-3)
+    for level, state, denoised in history:
+        assert relative_error(state, g.flow(x, 80.0, level)) < 1e-12
+        assert relative_error(denoised, g(state, level)) < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm"])
+def test_every_multistep_solver_goes_on_from_the_history(solver: str) -> None:
+    g = denoiser("gaussian-full")
+    x = 80 * randn(16, *g.event_shape)
+    exact = g.flow(x, 80.0, 0.0)
+    method: Any = SOLVERS[solver]
+    errors: list[float] = []
+    for steps in (16, 32):
+        moved, rest, history = teleport(g, x, GRID, sigma_skip=8.0, steps=steps, return_history=True)
+        warm, cold = method(g, moved, rest, history=history), method(g, moved, rest)
+        assert not warm.equal(cold), "the history is used"
+        errors.append(float((warm - exact).norm()))
+    assert errors[1] < errors[0] / 2 < 1, errors
+
+
+# The gate chooses ---------------------------------------------------------------------------------
+
+
+def test_tolerance_of_the_gate() -> None:
+    g = gaussian("full")
+    x = 80 * randn(4, *g.event_shape)
+    gate = Gate(torch.tensor([0.1, 1.0, 10.0, 100.0]), torch.tensor([1.0, 0.5, 0.01, 0.001]))
+    _, rest = teleport(g, x, GRID, tol=0.05, gate=gate)
+    assert float(rest[0]) == pytest.approx(gate.closes(0.05))
+    with pytest.raises(ValueError, match=r"below tol = 1e-05 by sigmas\[0\] = 80, got 0.00187"):
+        teleport(g, x, GRID, tol=1e-5, gate=gate)
+    with pytest.raises(ValueError, match="gate of the data with tol"):
+        teleport(g, x, GRID, tol=0.1)
+
+
+# Other denoisers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gaussian-full", "mixture-kmeans", "mixture-classes", "delta", "guided"])
+@pytest.mark.parametrize("sigma_skip", [20.0, 2.0])
+def test_the_trajectory_of_any_analytic_denoiser(name: str, sigma_skip: float) -> None:
+    d = denoiser(name)
+    x = 80 * randn(4, *d.event_shape)
+    labels = torch.arange(4) if name == "mixture-classes" else None
+    moved, rest = teleport(d, x, GRID, sigma_skip=sigma_skip, class_labels=labels)
+    grid = torch.tensor([80.0, sigma_skip, 0.0], dtype=torch.float64)
+    states: list[Any] = []
+    dop853(d, x, grid, class_labels=labels, rtol=1e-9, atol=1e-9, callback=states.append)
+    assert relative_error(moved, states[-1]["x"]) < 1e-5
+    assert float(rest[0]) == sigma_skip
+
+
+def test_one_gaussian_a_class_has_a_closed_flow() -> None:
+    d = denoiser("mixture-classes")
+    x = 80 * randn(5, *d.event_shape)
+    rows = torch.eye(10)[[3, 1, 4, 1, 5]]
+    rows[4] = 0  # of no class: the whole mixture
+    flow = flow_of(d, rows)
+    moved = flow(x, 80.0, 0.5)
+    assert relative_error(flow(flow(x[:], 80.0, 7.0), 7.0, 0.5)[:4], moved[:4]) < 1e-10
+    fine = runge_kutta(d, x, 80.0, 0.5, rows, steps=400)
+    assert relative_error(moved, fine) < 1e-5
+    assert relative_error(moved[:4], fine[:4]) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runge_kutta_is_of_order_4_and_goes_both_ways(dtype: torch.dtype) -> None:
+    g = gaussian("full")
+    x = (80 * randn(4, *g.event_shape)).to(dtype)
+    exact = g.flow(x.double(), 80.0, 0.5)
+    errors = [float((runge_kutta(g, x, 80.0, 0.5, steps=n).double() - exact).norm()) for n in (20, 40)]
+    if dtype == torch.float64:
+        assert 3.6 < math.log2(errors[0] / errors[1]) < 4.6
+    back = runge_kutta(g, runge_kutta(g, x, 80.0, 0.5), 0.5, 80.0)
+    assert back.dtype == dtype
+    assert relative_error(back, x) < 1e-4
+    assert relative_error(runge_kutta(g, x, 80.0, 80.0), x) == 0
+    with pytest.raises(ValueError, match=r"finite levels > 0, got 80.0 and 0.0"):
+        runge_kutta(g, x, 80.0, 0.0)
+    with pytest.raises(ValueError, match="steps >= 1, got 0"):
+        runge_kutta(g, x, 80.0, 1.0, steps=0)
+
+
+# Warm start and AFS -------------------------------------------------------------------------------
+
+
+def test_warm_start_draws_the_marginal() -> None:
+    g = gaussian("full")
+    generator = torch.Generator().manual_seed(0)
+    x, rest = warm_start(g, 50_000, GRID, 3.0, steps=5, generator=generator)
+    assert rest.equal(karras_sigmas(5, 0.002, 3.0))
+    flat = (x - g.mean).flatten(1).double()
+    cov = flat.mT @ flat / len(flat)
+    expected = g.covariance.dense() + 9 * torch.eye(6)
+    assert relative_error(cov, expected) < 0.03
+
+
+def test_afs_is_eulers_first_step_on_a_unit_gaussian() -> None:
+    unit = GaussianDenoiser.isotropic(torch.zeros(1, 2, 3, dtype=torch.float64), 1.0)
+    x = 80 * randn(4, 1, 2, 3)
+    states: list[Any] = []
+    euler(unit, x, GRID, callback=states.append)
+    moved, rest = afs(x, GRID)
+    assert relative_error(moved, states[1]["x"]) < 1e-12
+    assert rest.equal(GRID[1:])
+    with pytest.raises(ValueError, match="two steps or more"):
+        afs(x, torch.tensor([80.0, 0.0]))
+
+
+# Choosing on a model ------------------------------------------------------------------------------
+
+
+class Off(GaussianDenoiser):
+    """A Gaussian that errs by 0.2 e(sigma) below sigma = 5."""
+
+    def forward(self, x: Any, sigma: Any, class_labels: Any = None) -> Any:
+        level = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        error = 0.2 * self.bayes_error(level.flatten()).sqrt().reshape(level.shape)
+        return super().forward(x, sigma) + torch.where(level < 5, error, 0)
+
+
+@pytest.mark.parametrize("measure", ["denoiser", "trajectory"])
+def test_finds_the_last_level_where_the_model_is_its_gaussian(measure: Any) -> None:
+    g = gaussian("full")
+    model = Off(g.mean, g.covariance)
+    x = 80 * randn(8, *g.event_shape)
+    tol = 0.03 if measure == "denoiser" else 0.05
+    choice = find_sigma_skip(model, g, x, GRID, tol, measure=measure)
+    assert choice.sigma_skip == float(GRID[choice.skip])
+    assert choice.rows[-1].deviation > tol
+    assert all(row.deviation <= tol for row in choice.rows[:-1])
+    if measure == "denoiser":
+        assert 5 < choice.sigma_skip < 6
+        assert choice.rows[-1].deviation == pytest.approx(0.04, rel=1e-3)
+    assert [row.saved for row in choice.rows] == [2 * row.skip for row in choice.rows]
+    assert table(choice.rows).count("\n") == len(choice.rows) + 1
+    whole = find_sigma_skip(g, g, x, GRID, 1e9, measure=measure)
+    assert whole.skip == 17
+    other = GaussianDenoiser(g.mean + 1, g.covariance)
+    with pytest.raises(ValueError, match=r"deviation <= 0.001 at the first level, sigma = 57.586, got "):
+        find_sigma_skip(other, g, x, GRID, 1e-3, measure=measure)

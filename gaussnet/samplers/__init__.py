@@ -1,13 +1,14 @@
 """Sampling: noise levels, solvers as plain functions, and the closed-form jump past their first steps."""
 
 from gaussnet.samplers.adams import deis, ipndm, pndm
+from gaussnet.samplers.choosing import Skip, find_sigma_skip
 from gaussnet.samplers.exponential import dpmpp_2m, dpmpp_3m, unipc
 from gaussnet.samplers.optimised import optimised_sigmas
 from gaussnet.samplers.reference import dop853
 from gaussnet.samplers.schedules import karras_sigmas, log_snr_sigmas, rounded_sigmas, vp_sigmas
 from gaussnet.samplers.solvers import ddim, dpmpp_2s, edm_stochastic, euler, heun
 from gaussnet.samplers.stepping import Callback, History, Solver, count_nfe
-from gaussnet.samplers.teleport import teleport
+from gaussnet.samplers.teleport import afs, flow_of, runge_kutta, teleport, warm_start
 
 SOLVERS: dict[str, Solver] = {
     "euler": euler,
@@ -29,7 +30,9 @@ __all__ = [
     "SOLVERS",
     "Callback",
     "History",
+    "Skip",
     "Solver",
+    "afs",
     "count_nfe",
     "ddim",
     "deis",
@@ -39,6 +42,8 @@ __all__ = [
     "dpmpp_3m",
     "edm_stochastic",
     "euler",
+    "find_sigma_skip",
+    "flow_of",
     "heun",
     "ipndm",
     "karras_sigmas",
@@ -46,7 +51,9 @@ __all__ = [
     "optimised_sigmas",
     "pndm",
     "rounded_sigmas",
+    "runge_kutta",
     "teleport",
     "unipc",
     "vp_sigmas",
+    "warm_start",
 ]

@@ -1,41 +1,104 @@
-"""Teleport: one closed-form jump in place of a sampler's first steps.
+"""Teleport: one jump along an analytic trajectory in place of a sampler's first steps.
 
 At high noise the probability-flow ODE of a trained model is that of the Gaussian with the data's moments, and
 its solution is known (Eq. 15 of arXiv 2412.09726; Algorithm 1 there). Skipping i steps of Heun's method
 saves 2 i network evaluations. The result is only another state and grid, so any solver can go on from it.
+
+Two refinements turn skipping into speed. *Regrid*: spend `steps` steps on a new grid from the level of the
+jump down, rather than what is left of the old one. *History*: the trajectory above that level is known, and a
+multistep solver that gets it starts at full order.
+
+Mixtures, local and guided denoisers have no closed flow, but are cheap: their own ODE is solved by the
+classical Runge-Kutta method in log sigma. A class-conditional Gaussian, a mixture with one component a class,
+has one.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from gaussnet.denoisers import GaussianDenoiser
-from gaussnet.samplers.schedules import check_sigmas
+from gaussnet.covariance import Covariance
+from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers.base import class_index
+from gaussnet.gate import Gate
+from gaussnet.samplers.schedules import check_sigmas, karras_sigmas
+from gaussnet.samplers.stepping import History
+
+Flow = Callable[[Tensor, float, float], Tensor]
+RHO = 7.0
+_STEPS_PER_OCTAVE = 8  # of the Runge-Kutta method
 
 
-@torch.no_grad()
+@overload
 def teleport(
-    gaussian: GaussianDenoiser,
+    gaussian: Denoiser,
     x: Tensor,
     sigmas: Tensor,
     skip: int | None = None,
     sigma_skip: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Moves `x` along the Gaussian's flow, and drops the steps before.
+    *,
+    tol: float | None = None,
+    gate: Gate | None = None,
+    steps: int | None = None,
+    class_labels: Tensor | None = None,
+    return_history: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def teleport(
+    gaussian: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    skip: int | None = None,
+    sigma_skip: float | None = None,
+    *,
+    tol: float | None = None,
+    gate: Gate | None = None,
+    steps: int | None = None,
+    class_labels: Tensor | None = None,
+    return_history: Literal[True],
+) -> tuple[Tensor, Tensor, History]: ...
+@torch.no_grad()
+def teleport(
+    gaussian: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    skip: int | None = None,
+    sigma_skip: float | None = None,
+    *,
+    tol: float | None = None,
+    gate: Gate | None = None,
+    steps: int | None = None,
+    class_labels: Tensor | None = None,
+    return_history: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, History]:
+    """Moves `x` along an analytic denoiser's trajectory, and drops the steps before.
 
     Args:
-        gaussian: fitted to the data of the model that goes on from here.
+        gaussian: fitted to the data of the model that goes on from here; or a mixture, local or guided
+            denoiser.
         x: state at sigmas[0], (B, *event_shape).
         sigmas: decreasing levels that end in 0, shape (n + 1,).
         skip: number of steps to drop: the jump ends at sigmas[skip]. 0 <= skip < n.
         sigma_skip: or the level to jump to, which need not be on the grid; levels below it are kept.
+        tol: or the tolerance of the gate: the jump ends where it falls below.
+        gate: of the data, for `tol`.
+        steps: a new grid of this many levels from the one of the jump to the last one above 0, even in
+            sigma^(1/7), in place of what is left of the old one.
+        class_labels: for denoisers with classes.
+        return_history: whether to return the trajectory just above the new first level, for multistep
+            solvers.
 
     Returns:
-        The state at the new first level, and the grid from there on.
+        The state at the new first level, the grid from there on, and with `return_history` three of
+        (sigma, x, denoised) above it, newest last, a step of the grid apart.
 
     Raises:
-        ValueError: if not exactly one of skip and sigma_skip is given, or it lies outside of the grid.
+        ValueError: if not exactly one of skip, sigma_skip and tol is given, or it lies outside of the grid.
 
     Example:
         >>> from gaussnet import heun, karras_sigmas
@@ -46,16 +109,193 @@ def teleport(
         >>> images = heun(model, x, sigmas)
     """
     levels = check_sigmas(sigmas)
-    if (skip is None) == (sigma_skip is None):
-        raise ValueError(f"expected either skip or sigma_skip, got skip={skip} and sigma_skip={sigma_skip}")
-    grid = torch.as_tensor(sigmas, dtype=torch.float64)
+    target = _target(levels, skip, sigma_skip, tol, gate)
+    grid = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if steps is None:
+        rest = torch.cat([grid.new_tensor([target]), grid[grid < target]])
+    else:
+        last = levels[-2]
+        if steps < 1 or (steps > 1 and last >= target):
+            raise ValueError(f"expected steps >= 1 from {target:g} down to below it, got {steps} to {last:g}")
+        rest = karras_sigmas(steps, last, target, RHO) if steps > 1 else grid.new_tensor([target, 0.0])
+    move = flow_of(gaussian, class_labels)
+    moved = move(x, levels[0], target)
+    rest = rest.to(sigmas.device)
+    if not return_history:
+        return moved, rest
+    history: list[tuple[float, Tensor, Tensor]] = []
+    for level in _levels_above(levels, target, rest.tolist(), keep=steps is None):
+        state = move(x, levels[0], level)
+        each = torch.full(
+            x.shape[:1], level, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
+        history.append((level, state, gaussian(state, each, class_labels)))
+    return moved, rest, history
+
+
+def warm_start(
+    gaussian: GaussianDenoiser,
+    count: int,
+    sigmas: Tensor,
+    sigma_skip: float,
+    *,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stochastic twin of `teleport`: states drawn at sigma_skip from N(mu, Sigma + sigma_skip^2 I).
+
+    Returns:
+        States (count, *event_shape), and the grid as of `teleport`, whose arguments and errors these are.
+    """
+    x = gaussian.sample(count, sigma_skip, generator)
+    _, rest = teleport(gaussian, x, sigmas, sigma_skip=sigma_skip, steps=steps)
+    return x, rest
+
+
+def afs(x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Analytical first step: Euler's, with the score of a unit Gaussian, D = x/(1 + sigma^2), for free.
+
+    The rival of `teleport`. Reference: Dockhorn et al. 2022, arXiv 2210.05475, section 3.
+
+    Args:
+        x: state at sigmas[0].
+        sigmas: decreasing levels that end in 0.
+
+    Returns:
+        The state at sigmas[1], and the grid from there on.
+
+    Raises:
+        ValueError: if the grid has a single step.
+    """
+    levels = check_sigmas(sigmas)
+    if len(levels) < 3:
+        raise ValueError(f"expected a grid of two steps or more, got {levels}")
+    sigma, sigma_next = levels[:2]
+    denoised = x / (1 + sigma**2)
+    return x + (sigma_next - sigma) * (x - denoised) / sigma, sigmas[1:]
+
+
+def flow_of(
+    denoiser: Denoiser, class_labels: Tensor | None = None
+) -> Callable[[Tensor, float, float], Tensor]:
+    """The trajectory of a denoiser's probability-flow ODE: (x, sigma_from, sigma_to) to the state there.
+
+    In closed form for a Gaussian and for one Gaussian a class; else by the classical Runge-Kutta method in
+    log sigma, 32 evaluations an octave.
+    """
+    if isinstance(denoiser, GaussianDenoiser):
+        return denoiser.flow
+    if isinstance(denoiser, GaussianMixtureDenoiser) and class_labels is not None:
+        known = denoiser.component_labels
+        if known is not None and len(known.unique()) == len(known):
+            return _flow_by_class(denoiser, known, class_labels)
+
+    def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
+        return runge_kutta(denoiser, x, sigma_from, sigma_to, class_labels)
+
+    return move
+
+
+def runge_kutta(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma_from: float,
+    sigma_to: float,
+    class_labels: Tensor | None = None,
+    steps: int | None = None,
+) -> Tensor:
+    """The classical method of order 4 for dx/dlog sigma = x - D(x, sigma), in float64.
+
+    Args:
+        denoiser: any denoiser.
+        x: state at sigma_from.
+        sigma_from: its level.
+        sigma_to: the level to reach, > 0, above or below.
+        class_labels: for denoisers with classes.
+        steps: of equal size in log sigma; default: eight an octave.
+
+    Returns:
+        The state at sigma_to, in the dtype of x.
+
+    Raises:
+        ValueError: if a level is not positive, or steps < 1.
+    """
+    if not (0 < sigma_from < math.inf and 0 < sigma_to < math.inf):
+        raise ValueError(f"expected finite levels > 0, got {sigma_from} and {sigma_to}")
+    octaves = abs(math.log2(sigma_to / sigma_from))
+    steps = math.ceil(octaves * _STEPS_PER_OCTAVE) if steps is None else steps
+    if steps < (octaves > 0):
+        raise ValueError(f"expected steps >= 1, got {steps}")
+    step = math.log(sigma_to / sigma_from) / max(steps, 1)
+    state = x.double()
+
+    def slope(state: Tensor, log_sigma: float) -> Tensor:
+        sigma = torch.full(x.shape[:1], math.exp(log_sigma), dtype=torch.float64, device=x.device)
+        return state - denoiser(state, sigma, class_labels)
+
+    for i in range(steps):
+        start = math.log(sigma_from) + i * step
+        first = slope(state, start)
+        second = slope(state + step / 2 * first, start + step / 2)
+        third = slope(state + step / 2 * second, start + step / 2)
+        fourth = slope(state + step * third, start + step)
+        state = state + step / 6 * (first + 2 * (second + third) + fourth)
+    return state.to(x.dtype)
+
+
+def _flow_by_class(mixture: GaussianMixtureDenoiser, known: Tensor, class_labels: Tensor) -> Flow:
+    def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
+        index = class_index(class_labels, tuple(x.shape[:1]), known)
+        moved = torch.empty_like(x)
+        for label in index.unique().tolist():
+            mine = index == label
+            if label < 0:  # of no class: the whole mixture
+                moved[mine] = runge_kutta(mixture, x[mine], sigma_from, sigma_to)
+                continue
+            k = int((known == label).nonzero())
+            rank = int(mixture.ranks[k])
+            eigvecs, eigvals = mixture.eigvecs[k, :rank].mT, mixture.eigvals[k, :rank]
+            one = GaussianDenoiser(mixture.means[k], Covariance(eigvecs, eigvals, mixture.tails[k]))
+            moved[mine] = one.flow(x[mine], sigma_from, sigma_to).to(x.dtype)
+        return moved
+
+    return move
+
+
+def _target(
+    levels: list[float], skip: int | None, sigma_skip: float | None, tol: float | None, gate: Gate | None
+) -> float:
+    """The level of the jump."""
+    given = {"skip": skip, "sigma_skip": sigma_skip, "tol": tol}
+    if sum(value is not None for value in given.values()) != 1:
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"expected either skip, sigma_skip or tol, got {told}")
     if skip is not None:
         if not 0 <= skip < len(levels) - 1:
             raise ValueError(f"expected 0 <= skip < {len(levels) - 1}, the number of steps, got {skip}")
-        rest = grid[skip:]
-    else:
-        assert sigma_skip is not None
+        return levels[skip]
+    if sigma_skip is not None:
         if not 0 < sigma_skip <= levels[0]:
             raise ValueError(f"expected 0 < sigma_skip <= sigmas[0] = {levels[0]:g}, got {sigma_skip}")
-        rest = torch.cat([grid.new_tensor([sigma_skip]), grid[grid < sigma_skip]])
-    return gaussian.flow(x, levels[0], float(rest[0])), rest
+        return sigma_skip
+    assert tol is not None
+    if gate is None:
+        raise ValueError("expected the gate of the data with tol, such as Gate.fit(gaussian, data), got None")
+    level = gate.closes(tol)
+    if level >= levels[0]:
+        least = float(gate(levels[0]))
+        raise ValueError(
+            f"expected a gate that falls below tol = {tol:g} by sigmas[0] = {levels[0]:g}, got {least:.3g} "
+            "there: the Gaussian is not good enough at any level of the grid"
+        )
+    return max(level, levels[-2])
+
+
+def _levels_above(levels: list[float], target: float, rest: list[float], keep: bool) -> list[float]:
+    """Three levels above the target: those of the old grid, and beyond it in steps even in sigma^(1/rho)."""
+    above = [level for level in levels if level > target][-3:] if keep else []
+    ends = ([*above, *rest] if above else rest)[:2]
+    first, second = (level ** (1 / RHO) for level in (ends if ends[1] > 0 else [ends[0], ends[0] / 2]))
+    step = first - second
+    missing = [(first + step * j) ** RHO for j in range(3 - len(above), 0, -1)]
+    return [*missing, *above]

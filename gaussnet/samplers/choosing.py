@@ -1,0 +1,116 @@
+"""How far to teleport, measured on a model: the lowest level down to which the Gaussian can stand in for it.
+
+Two measures, each at the levels of a grid, on the trajectories that the Gaussian makes of the given states:
+
+    "denoiser"    E||D(x, s) - D_gauss(x, s)||^2 / (D e(s)^2), the part of the Gaussian's error e(s)^2
+                  that the model removes, at the states where teleport would arrive
+    "trajectory"  the root mean squared difference per pixel of samples with and without the jump
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gaussnet.denoisers import GaussianDenoiser
+from gaussnet.samplers.schedules import check_sigmas
+from gaussnet.samplers.solvers import heun
+from gaussnet.samplers.stepping import Solver, count_nfe
+from gaussnet.samplers.teleport import teleport
+
+Measure = Literal["denoiser", "trajectory"]
+
+
+class SkipRow(NamedTuple):
+    """One level: the steps before it, the deviation that a jump to it costs, the evaluations it saves."""
+
+    skip: int
+    sigma: float
+    deviation: float
+    saved: int
+
+
+class Skip(NamedTuple):
+    """The chosen level, the steps of the grid before it, and what every level that was tried would cost."""
+
+    sigma_skip: float
+    skip: int
+    rows: list[SkipRow]
+
+
+@torch.no_grad()
+def find_sigma_skip(
+    model: nn.Module,
+    gaussian: GaussianDenoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    tol: float,
+    *,
+    measure: Measure = "denoiser",
+    solver: Solver = heun,
+    class_labels: Tensor | None = None,
+) -> Skip:
+    """The furthest step of a grid that teleport may jump to, for a model and a tolerance.
+
+    Args:
+        model: the denoiser that goes on from there.
+        gaussian: fitted to its data.
+        x: a few states at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        tol: bound of the deviation: of the share of e(s)^2, or of the RMS per pixel.
+        measure: "denoiser" takes an evaluation a level, "trajectory" a sampling run a level.
+        solver: of the trajectories, and for counting what is saved.
+        class_labels: handed to the model.
+
+    Returns:
+        The choice: all levels above it deviate by at most `tol`. Levels are tried until one deviates by more.
+
+    Raises:
+        ValueError: if the jump to the first level below sigmas[0] already deviates by more, with how much; or
+            the measure is unknown.
+    """
+    levels = check_sigmas(sigmas)
+    if measure not in ("denoiser", "trajectory"):
+        raise ValueError(f"expected measure to be denoiser or trajectory, got {measure!r}")
+    unskipped = solver(model, x, sigmas, class_labels=class_labels) if measure == "trajectory" else x
+    whole = _evaluations(solver, gaussian, x, sigmas)
+    rows: list[SkipRow] = []
+    for skip in range(1, len(levels) - 1):
+        moved, rest = teleport(gaussian, x, sigmas, skip=skip)
+        if measure == "trajectory":
+            ours = solver(model, moved, rest, class_labels=class_labels)
+            deviation = float((ours - unskipped).double().square().mean().sqrt())
+        else:
+            level = torch.full(x.shape[:1], levels[skip], device=x.device)
+            denoised = model(moved, level) if class_labels is None else model(moved, level, class_labels)
+            difference = (denoised - gaussian(moved, level)).double().square().mean()
+            deviation = float(difference / gaussian.bayes_error(levels[skip]))
+        saved = whole - _evaluations(solver, gaussian, moved, rest)
+        rows.append(SkipRow(skip, levels[skip], deviation, saved))
+        if not deviation <= tol:  # NaN, too
+            break
+    good = [row for row in rows if row.deviation <= tol]
+    if not good:
+        got = rows[0].deviation if rows else math.nan
+        raise ValueError(
+            f"expected a deviation <= {tol:g} at the first level, sigma = {levels[1]:g}, "
+            f"got {got:.3g}: the Gaussian stands in for this model nowhere on the grid"
+        )
+    return Skip(good[-1].sigma, good[-1].skip, rows)
+
+
+def _evaluations(solver: Solver, gaussian: GaussianDenoiser, x: Tensor, sigmas: Tensor) -> int:
+    """What a solver takes on a grid, counted on an analytic denoiser and one state."""
+    with count_nfe(gaussian) as nfe:
+        solver(gaussian, x[:1], sigmas)
+    return nfe()
+
+
+def table(rows: Sequence[SkipRow]) -> str:
+    """The rows in Markdown."""
+    lines = [f"| {row.skip} | {row.sigma:.4g} | {row.deviation:.3g} | {row.saved} |" for row in rows]
+    return "\n".join(["| skip | sigma | deviation | evaluations saved |", "|---|---|---|---|", *lines])
