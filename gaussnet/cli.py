@@ -3,6 +3,7 @@
     gaussnet fit DATA --out DIR [--components K | --classes] [--rank R] ...
     gaussnet info MODEL
     gaussnet import-edm SNAPSHOT.pkl DIR
+    gaussnet sample MODEL --out DIR [--solver S] [--steps N] [--teleport auto] [--seeds 0-63] ...
     gaussnet watch RUN [--every SECONDS] [--once]
     gaussnet report RUN [--out FILE.html] [--open]
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from gaussnet.cli_sample import add_sample
 from gaussnet.data import ImageData, open_images
 from gaussnet.data.arrays import Layout
 from gaussnet.data.files import Mode, OnError
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     edm.add_argument("out", type=Path, metavar="DIR", help="folder for the model")
     edm.add_argument("--overwrite", action="store_true", help="replace a model that lies there")
     edm.set_defaults(run=_import_edm)
+    add_sample(commands.add_parser("sample", help="draw images from a saved model"))
     watching = commands.add_parser("watch", help="show how a training run is doing, until it is complete")
     watching.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
     watching.add_argument(

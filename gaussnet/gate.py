@@ -118,9 +118,7 @@ class Gate(LevelTable):
         low = sigmas < sigma * (1 - 1e-5)
         top = self(sigma)[None]
         ends = sigmas.new_tensor([sigma, sigma * (1 + 1e-5)])
-        return Gate(
-            torch.cat([sigmas[low], ends]), torch.cat([self.values[low], top, torch.zeros_like(top)])
-        )
+        return Gate(torch.cat([sigmas[low], ends]), torch.cat([self.values[low], top, torch.zeros_like(top)]))
 
     def closes(self, tol: float) -> float:
         """The level above which g stays below `tol`; inf if it does not, 0 if it is there everywhere."""

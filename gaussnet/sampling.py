@@ -1,0 +1,171 @@
+"""Sampling by seeds: one generator a seed, so that a seed gives the same image in any batch, on any process.
+
+    sigmas = karras_sigmas(8)
+    for seeds, images in sample_seeds(model, range(64), sigmas, solver="unipc", jump=choose_jump(model)): ...
+
+`Jump` says where teleport starts a run: a Gaussian and the level. `choose_jump` takes both from the model, if
+it has a gate, or measures the level on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gaussnet.denoisers import Denoiser, GaussianDenoiser, GuidedDenoiser
+from gaussnet.network_denoiser import NetworkDenoiser
+from gaussnet.precond import BypassPrecond, EDMPrecond
+from gaussnet.samplers import SOLVERS, find_sigma_skip, karras_sigmas, teleport
+
+GATE_TOL = 0.1  # of the gate; of the share of e(s)^2 its square
+
+
+class Jump(NamedTuple):
+    """Where sampling starts: the Gaussian whose flow leads there, and the level."""
+
+    gaussian: GaussianDenoiser
+    sigma_skip: float
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from a list of numbers and ranges, ends included.
+
+    Raises:
+        ValueError: if it is none.
+
+    Example:
+        >>> parse_seeds("0-3,7")
+        [0, 1, 2, 3, 7]
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or part.strip().endswith("-"):
+            raise ValueError(f"expected seeds such as 0-63 or 1,5,9, got {text!r}")
+        span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise ValueError(f"expected ranges of seeds to increase, got {part.strip()!r} in {text!r}")
+        seeds += span
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"expected every seed once, got {text!r}")
+    return seeds
+
+
+def choose_jump(
+    model: Denoiser,
+    gaussian: GaussianDenoiser | None = None,
+    sigma_skip: float | None = None,
+    sigmas: Tensor | None = None,
+    seeds: Sequence[int] = range(16),
+) -> Jump:
+    """The jump for a model.
+
+    Args:
+        model: to sample from.
+        gaussian: of its data; default: that of a bypass model.
+        sigma_skip: the level; default: where the gate of the model falls below 0.1, or, without a gate, the
+            lowest level of the grid above which model and Gaussian differ by at most 0.01 e(sigma)^2.
+        sigmas: the grid of the latter; default: EDM's 18 levels.
+        seeds: of the states on which that is measured.
+
+    Raises:
+        ValueError: if there is no Gaussian, or it stands in for the model nowhere.
+    """
+    if gaussian is None:
+        bypass = isinstance(model, BypassPrecond) and not isinstance(model, EDMPrecond)
+        if not bypass or not isinstance(model.gaussian, GaussianDenoiser):
+            raise ValueError(f"expected a Gaussian: a {type(model).__name__} has none of its own, got None")
+        gaussian = model.gaussian
+    if sigma_skip is None and isinstance(model, BypassPrecond) and model.gate is not None:
+        level = model.gate.closes(max(GATE_TOL, model.gate_tol))
+        if level < float("inf"):
+            sigma_skip = level
+    if sigma_skip is None:
+        sigmas = karras_sigmas(18) if sigmas is None else sigmas
+        x = float(sigmas[0]) * noise_of(seeds, tuple(model.event_shape)).to(gaussian.mean)
+        sigma_skip = find_sigma_skip(model, gaussian, x, sigmas, GATE_TOL**2).sigma_skip
+    return Jump(gaussian, sigma_skip)
+
+
+def noise_of(seeds: Sequence[int], event_shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (n, *event_shape), float32, on the CPU, from one generator a seed."""
+    draws = [torch.randn(event_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws)
+
+
+@torch.no_grad()
+def sample_seeds(
+    model: Denoiser,
+    seeds: Sequence[int],
+    sigmas: Tensor,
+    *,
+    solver: str = "heun",
+    jump: Jump | None = None,
+    regrid: bool = True,
+    batch_size: int = 64,
+    class_labels: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Images of seeds, batch by batch.
+
+    Args:
+        model: any denoiser; evaluated on the device of its tensors.
+        seeds: of the noise at sigmas[0].
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        solver: a name of `SOLVERS`.
+        jump: where teleport takes the noise first.
+        regrid: whether a jump keeps the number of steps, on a new grid, or drops those before its level.
+        batch_size: images at a time; it does not change them.
+        class_labels: integers (n,) or one-hot rows (n, classes), one a seed.
+        guidance: weight of the conditional denoiser over the unconditional one; 1 is no guidance.
+
+    Yields:
+        Seeds of the batch, and images (b, *event_shape), float32.
+
+    Raises:
+        ValueError: if the solver is unknown, labels do not fit the seeds, or guidance has no labels.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise ValueError(f"expected {len(seeds)} class_labels, one a seed, got {len(class_labels)}")
+    if guidance != 1 and class_labels is None:
+        raise ValueError(f"expected class_labels for guidance={guidance}, got None")
+    method: Any = SOLVERS[solver]
+    denoiser = model
+    if guidance != 1:
+        denoiser = GuidedDenoiser(model, model, guidance)
+    multistep = "history" in inspect.signature(method).parameters
+    device = next((t.device for part in (model.parameters(), model.buffers()) for t in part), None)
+    for start in range(0, len(seeds), batch_size):
+        mine = list(seeds[start : start + batch_size])
+        labels = None if class_labels is None else class_labels[start : start + batch_size].to(device)
+        x = (float(sigmas[0]) * noise_of(mine, tuple(model.event_shape))).to(device)
+        grid, options = sigmas, dict[str, Any]()
+        if jump is not None and jump.sigma_skip < float(sigmas[0]):
+            steps = len(sigmas) - 1 if regrid else None
+            x, grid, history = teleport(
+                jump.gaussian, x, sigmas, sigma_skip=jump.sigma_skip, steps=steps, return_history=True
+            )
+            options = {"history": history} if multistep else {}
+        yield mine, method(denoiser, x, grid, class_labels=labels, **options).float()
+
+
+def one_hot(model: Denoiser, classes: Sequence[int]) -> Tensor:
+    """Class labels of a network in rows, as EDM's networks take them; integers for other denoisers.
+
+    Raises:
+        ValueError: if a class is not among those of the network.
+    """
+    index = torch.tensor(classes)
+    label_dim = getattr(model.model, "label_dim", 0) if isinstance(model, NetworkDenoiser) else None
+    if label_dim is None:
+        return index
+    if not label_dim or int(index.min()) < 0 or int(index.max()) >= label_dim:
+        got = sorted(set(classes))
+        raise ValueError(f"expected classes in [0, {label_dim}), those of the network, got {got}")
+    return torch.nn.functional.one_hot(index, int(label_dim)).float()
