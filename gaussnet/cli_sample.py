@@ -31,7 +31,9 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder that save_pretrained wrote, or a hub repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNG files, or a file NAME.npz")
     parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 1,5,9 (default %(default)s)")
-    parser.add_argument("--solver", choices=sorted(SOLVERS), default="heun", help="(default %(default)s)")
+    parser.add_argument(
+        "--solver", choices=sorted(set(SOLVERS) - {"dpm_v3"}), default="heun", help="(default %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=18, help="levels above 0 (default %(default)s)")
     parser.add_argument("--sigma-min", type=float, default=0.002)
     parser.add_argument("--sigma-max", type=float, default=80.0)

@@ -179,3 +179,19 @@ def test_one_datum() -> None:
 def test_impossible_arguments(data: Tensor, labels: Tensor | None, chunk_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeltaDenoiser(data, labels, chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_forward_mode_is_the_derivative(chunk_size: int | None) -> None:
+    d = DeltaDenoiser(train_digits()[:50], chunk_size=chunk_size)
+    x, v = noised(0.8, 3), randn(3, *EVENT, seed=8)
+    sigma = torch.full((3,), 0.8, dtype=torch.float64)
+    along_x = torch.func.jvp(lambda x: d(x, sigma), (x,), (v,))[1]
+    along_sigma = torch.func.jvp(lambda s: d(x, s), (sigma,), (torch.ones_like(sigma),))[1]
+    h = 1e-5
+    torch.testing.assert_close(
+        along_x, (d(x + h * v, sigma) - d(x - h * v, sigma)) / (2 * h), rtol=1e-4, atol=1e-7
+    )
+    torch.testing.assert_close(
+        along_sigma, (d(x, sigma + h) - d(x, sigma - h)) / (2 * h), rtol=1e-4, atol=1e-7
+    )

@@ -16,6 +16,7 @@ from gaussnet.samplers import SOLVERS as ALL
 from gaussnet.samplers import edm_stochastic, rounded_sigmas
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {**ALL, "edm_stochastic": partial(edm_stochastic, S_churn=0)}
+del SOLVERS["dpm_v3"]  # needs statistics: see test_dpm_v3
 solvers = pytest.mark.parametrize("solver", SOLVERS)
 
 # arXiv 2412.09726, Tables 4-6: skipped steps, NFE, noise level as printed.

@@ -310,7 +310,7 @@ NFE: dict[str, Callable[[int], int]] = {
 
 
 def test_every_solver_is_in_the_registry() -> None:
-    assert set(SOLVERS) == {*NFE, "dop853"}
+    assert set(SOLVERS) == {*NFE, "dop853", "dpm_v3"}
 
 
 @pytest.mark.parametrize("name", NFE)

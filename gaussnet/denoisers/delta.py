@@ -164,7 +164,9 @@ class DeltaDenoiser(Denoiser):
                 weights = weights.scatter(-1, nearest, torch.exp((exact - shift) / variance).to(dtype))
             if other is not None:
                 weights = weights.masked_fill(other, 0)
-            decay = torch.exp((best - shift[..., 0]) / variance[..., 0]).to(dtype)
+            # Before the first chunk there is nothing to decay; forward mode makes NaN of -inf.
+            gap = torch.where(torch.isfinite(best), best - shift[..., 0], 0.0)
+            decay = torch.exp(gap / variance[..., 0]).to(dtype)
             with full_precision(x.device.type):
                 total = total * decay + weights.sum(-1)
                 first = first * decay[..., None] + weights @ keys

@@ -2,6 +2,7 @@
 
 from gaussnet.samplers.adams import deis, ipndm, pndm
 from gaussnet.samplers.choosing import Skip, find_sigma_skip
+from gaussnet.samplers.dpm_v3 import ModelStatistics, compute_ems, dpm_v3
 from gaussnet.samplers.exponential import dpmpp_2m, dpmpp_3m, unipc
 from gaussnet.samplers.optimised import optimised_sigmas
 from gaussnet.samplers.reference import dop853
@@ -22,6 +23,7 @@ SOLVERS: dict[str, Solver] = {
     "pndm": pndm,
     "ipndm": ipndm,
     "deis": deis,
+    "dpm_v3": dpm_v3,  # needs statistics=compute_ems(...)
     "dop853": dop853,
 }
 """The solvers by name, for configurations and command lines. A new one is one more line."""
@@ -30,13 +32,16 @@ __all__ = [
     "SOLVERS",
     "Callback",
     "History",
+    "ModelStatistics",
     "Skip",
     "Solver",
     "afs",
+    "compute_ems",
     "count_nfe",
     "ddim",
     "deis",
     "dop853",
+    "dpm_v3",
     "dpmpp_2m",
     "dpmpp_2s",
     "dpmpp_3m",

@@ -1,0 +1,1 @@
+"""Other libraries, a module each: `gaussnet.integrations.diffusers` needs that extra installed."""

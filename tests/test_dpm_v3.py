@@ -1,0 +1,427 @@
+"""DPM-Solver-v3 against manufactured solutions, its limits, and statistics that are known in closed form."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, denoiser, gaussian, mixture, randn, relative_error, train_digits
+from safetensors.torch import save_file
+from scipy.integrate import solve_ivp
+from test_solvers_convergence import HIGH, LOW, STEPS, levels_above, slope, solve, trajectory
+from torch import Tensor
+
+from gaussnet import Covariance, GaussianDenoiser, count_nfe, karras_sigmas
+from gaussnet.samplers import dop853, dpmpp_2m, euler, log_snr_sigmas, unipc, weights
+from gaussnet.samplers.dpm_v3 import ModelStatistics, compute_ems, dpm_v3
+from gaussnet.samplers.multistep import multistep
+
+GRID = log_snr_sigmas(40, 0.002, 80.0)
+
+
+def tables(sigmas: Tensor, shape: tuple[int, ...] = (1, 2, 3)) -> ModelStatistics:
+    """Smooth statistics that are nobody's: each pixel has its own."""
+    at = sigmas.log().reshape(-1, *(1,) * len(shape)) + 0.3 * randn(*shape, seed=9)
+    return ModelStatistics(sigmas, torch.sigmoid(2 * at), 0.5 * torch.tanh(at), 0.4 * torch.cos(at))
+
+
+def constant(l: float, s: float, b: float) -> ModelStatistics:  # noqa: E741 - the name in the paper
+    one = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    return ModelStatistics(torch.tensor([0.001, 100.0]), l * one, s * one, b * one)
+
+
+smooth = tables(torch.logspace(-3, 2, 200, dtype=torch.float64))
+
+
+# Steps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_are_exact_for_polynomials(count: int, ahead: bool) -> None:
+    # dx/dlambda = -l x - f with g = e^(-S) f - B a polynomial of the degree that `count` outputs determine
+    now, then = np.log(1 / 2.0), np.log(1 / 0.4)
+    c = [0.7, -1.3, 0.4][:count]
+    spline: Any = smooth._spline
+
+    def values(lam: float) -> np.ndarray:
+        return spline(lam)[:, 0, 1, 2]
+
+    def rates(lam: float, y: np.ndarray) -> np.ndarray:  # of S, B, x
+        l, s, b = values(lam)  # noqa: E741
+        g = sum(factor * (lam - now) ** k for k, factor in enumerate(c))
+        return np.array([s, np.exp(-y[0]) * b, -l * y[2] - np.exp(y[0]) * (g + y[1])])
+
+    def solved(end: float) -> tuple[float, float]:
+        """X and f at another lambda."""
+        S, B, x = solve_ivp(rates, (now, end), [0, 0, 1.5], method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]
+        return x, np.exp(S) * (sum(factor * (end - now) ** k for k, factor in enumerate(c)) + B)
+
+    nodes = [now, now - 0.3, now - 0.7][:count]
+    if ahead:  # as in a corrector
+        nodes = [then, *nodes][:count]
+    sigma, sigma_next, *levels = np.exp(-np.array([now, then, *nodes])).tolist()
+    factor, factors, rest = smooth.step(sigma, sigma_next, levels)
+    outputs = [solved(node)[1] if node != now else c[0] for node in nodes]
+    step = factor * 1.5 + sum(w * f for w, f in zip(factors, outputs, strict=True)) + rest
+    assert step[0, 1, 2] == pytest.approx(solved(then)[0], rel=1e-8)
+
+
+LIMITS = {
+    "data": (constant(1, 0, 0), weights.exponential, False),
+    "noise": (constant(0, -1, 0), weights.log_adams, True),
+}
+
+
+@pytest.mark.parametrize("corrector", [False, True])
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits(name: str, order: int, lower: bool, corrector: bool) -> None:
+    statistics, rule, noise = LIMITS[name]
+    m, grid, levels = mixture(), karras_sigmas(8), (96.0, 90.0, 85.0)
+    x = 80 * randn(4, *m.event_shape)
+    states = [level / 80 * x for level in levels]
+    history = [(level, state, m(state, level)) for level, state in zip(levels, states, strict=True)]
+    out = dpm_v3(
+        m,
+        x,
+        grid,
+        statistics=statistics,
+        order=order,
+        corrector=corrector,
+        history=history,
+        lower_order_final=lower,
+    )
+    expected = multistep(
+        m,
+        x,
+        grid,
+        rule,
+        order,
+        history,
+        None,
+        None,
+        None,
+        noise=noise,
+        corrected=corrector,
+        lower_order_final=lower,
+    )
+    assert relative_error(out, expected) < 1e-11
+
+
+def test_limits_by_name() -> None:
+    m, data = mixture(), constant(1, 0, 0)
+    grid, x = log_snr_sigmas(9), 80 * randn(4, *mixture().event_shape)
+    assert (
+        relative_error(dpm_v3(m, x, grid, statistics=data, order=1, corrector=False), euler(m, x, grid))
+        < 1e-12
+    )
+    # The published weights of two outputs are simplified: they agree in the limit of small steps.
+    for solver, corrector in ((dpmpp_2m, False), (partial(unipc, order=2), True)):
+        errors = []
+        for n in (60, 120):
+            seen: list[list[dict[str, Any]]] = [[], []]
+            fine = log_snr_sigmas(n, 0.5, 5.0)
+            dpm_v3(m, x / 16, fine, statistics=data, order=2, corrector=corrector, callback=seen[0].append)
+            solver(m, x / 16, fine, callback=seen[1].append)
+            errors.append(relative_error(*(s[-1]["x"] for s in seen)))
+        assert errors[1] < 0.3 * errors[0] < 1e-3, f"{errors}"
+
+
+# Orders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+@pytest.mark.parametrize("corrector", [False, True])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_order(order: int, corrector: bool, kind: str) -> None:
+    solver = partial(dpm_v3, statistics=smooth, order=order, corrector=corrector, lower_order_final=False)
+    errors = []
+    for n in STEPS:
+        grid = log_snr_sigmas(n + 1, LOW, HIGH)
+        errors.append(solve(kind, solver, grid, trajectory(kind, levels_above(grid, 3))))
+    assert slope(STEPS, errors) == pytest.approx(-(order + corrector), abs=0.3), f"{errors}"
+
+
+@pytest.mark.parametrize("corrector", [False, True])
+def test_history_goes_on_as_if_never_interrupted(corrector: bool) -> None:
+    solver = partial(dpm_v3, statistics=smooth, order=3, corrector=corrector)
+    m, grid = mixture(), karras_sigmas(14)
+    x, seen = 80 * randn(4, *m.event_shape), list[dict[str, Any]]()
+    whole = solver(m, x, grid, callback=seen.append)
+    history = [(step["sigma"], step["x"], step["denoised"]) for step in seen[:6]]
+    resumed = solver(m, seen[6]["x"], grid[6:], history=history)
+    if corrector:  # the state at the cut is corrected only when it has come from above
+        assert 1e-12 < relative_error(resumed, whole) < 0.1
+    else:
+        assert resumed.equal(whole)
+    assert relative_error(solver(m, seen[6]["x"], grid[6:]), whole) > relative_error(resumed, whole)
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def diagonal_gaussian(isotropic: bool) -> tuple[GaussianDenoiser, Tensor]:
+    """A Gaussian of independent pixels, and their variances."""
+    variances = torch.full((6,), 0.3) if isotropic else torch.logspace(0.5, -2, 6)
+    variances = variances.double()
+    covariance = Covariance(torch.eye(6, dtype=torch.float64), variances)
+    return GaussianDenoiser(randn(1, 2, 3, seed=3), covariance), variances.reshape(1, 2, 3)
+
+
+@pytest.mark.parametrize("isotropic", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_step_is_exact_for_independent_pixels(isotropic: bool, dtype: torch.dtype) -> None:
+    g, variances = diagonal_gaussian(isotropic)
+    data = (g.mean + variances.sqrt() * randn(50, 1, 2, 3, seed=4)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    statistics = compute_ems(g.to(dtype), data, log_snr_sigmas(200), n=64, generator=generator)
+    level = statistics.sigmas.reshape(-1, 1, 1, 1)
+    linear = level**2 / (variances + level**2)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(statistics.l, linear, rtol=tolerance, atol=tolerance)
+    assert statistics.s.abs().max() == 0, "f is the same everywhere: there is nothing to explain"
+    # f = -l mu, and dl/dlambda = -2 l (1 - l)
+    torch.testing.assert_close(
+        statistics.b, 2 * linear * (1 - linear) * g.mean.double(), rtol=1e-3, atol=5e-4
+    )
+
+    x = (80 * randn(5, 1, 2, 3, seed=5)).to(dtype)
+    grid, seen = torch.tensor([80.0, 0.002, 0.0]), list[dict[str, Any]]()
+    for order in (1, 2, 3):
+        dpm_v3(g, x, grid, statistics=statistics, order=order, callback=seen.append)
+        exact = g.flow(x, 80.0, 0.002)
+        assert relative_error(seen[-1]["x"], exact) < 1e-4
+        dpm_v3(g, x, grid, statistics=constant(1, 0, 0), order=order, callback=seen.append)
+        assert relative_error(seen[-1]["x"], exact) > 0.1, "the statistics do it"
+
+
+def test_statistics_of_dependent_pixels() -> None:
+    # f and df/dlambda of a Gaussian are linear in x ~ N(mu, Sigma + sigma^2 I): all moments are known.
+    g = gaussian()
+    cov, mean, eye = g.covariance.dense(), g.mean.flatten(), torch.eye(6, dtype=torch.float64)
+    data = mean + randn(30_000, 6, seed=4) @ torch.linalg.cholesky(cov).T
+    levels = torch.logspace(-1, 1, 41, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    statistics = compute_ems(
+        g, data.reshape(-1, 1, 2, 3), levels, n=30_000, batch_size=7000, generator=generator
+    )
+
+    def parts(lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, and f = F x + k: f's matrix and its constant."""
+        shrink = cov @ torch.linalg.inv(cov + torch.exp(-2 * lam) * eye)
+        linear = 1 - shrink.diagonal()
+        return linear, torch.diag(1 - linear) - shrink, -(eye - shrink) @ mean
+
+    for i in (8, 20, 32):
+        lam = -levels[i].log()
+        linear, f, k = parts(lam)
+        rates: Any = torch.autograd.functional.jacobian(parts, lam)
+        shrink = torch.diag(1 - linear) - f
+        drift = shrink - eye  # dx/dlambda = (M - I) (x - mu)
+        f1, k1 = rates[1] + f @ drift, rates[2] - f @ drift @ mean
+        noisy = cov + levels[i] ** 2 * eye
+        s = (f1 @ noisy @ f.T).diagonal() / (f @ noisy @ f.T).diagonal()
+        b = (f1 @ mean + k1) - s * (f @ mean + k)
+        assert relative_error(statistics.l[i].flatten(), linear) < 0.01
+        assert relative_error(statistics.s[i].flatten(), s) < 0.03, f"{statistics.s[i]} {s}"
+        assert relative_error(statistics.b[i].flatten(), b) < 0.03
+
+
+@pytest.fixture(scope="module")
+def digits_statistics() -> ModelStatistics:
+    generator = torch.Generator().manual_seed(0)
+    return compute_ems(denoiser("mixture-kmeans"), train_digits(), GRID, n=128, generator=generator)
+
+
+@pytest.mark.parametrize("n", [6, 10])
+def test_statistics_help(digits_statistics: ModelStatistics, n: int) -> None:
+    m, x = denoiser("mixture-kmeans"), 80 * randn(16, 1, 8, 8, seed=5)
+    exact = dop853(m, x, torch.tensor([80.0, 0.002, 0.0]))
+    for grid in (karras_sigmas(n), log_snr_sigmas(n)):
+        error = relative_error(dpm_v3(m, x, grid, statistics=digits_statistics), exact)
+        others = [relative_error(solver(m, x, grid), exact) for solver in (dpmpp_2m, unipc)]
+        assert error < 0.8 * min(others), f"{error}, {others}"
+
+
+def test_statistics_of_networks_and_classes() -> None:
+    data, labels = train_digits(torch.float32)[:6], torch.tensor([0, 1, 2, 3, 4, 5])
+    levels = torch.tensor([5.0, 0.5, 0.0])  # a grid will do
+    network = compute_ems(denoiser("bypass", torch.float32), data, levels, n=9)
+    assert network.sigmas.tolist() == [0.5, 5.0]
+    assert not network.l.requires_grad
+    arguments: dict[str, Any] = {"n": 9, "batch_size": 4}
+    m = denoiser("mixture-classes", torch.float32)
+    by_class, without = (
+        compute_ems(
+            m, data, levels, generator=torch.Generator().manual_seed(0), class_labels=given, **arguments
+        )
+        for given in (labels, None)
+    )
+    assert relative_error(by_class.l, without.l) > 0.01
+    rows = torch.nn.functional.one_hot(labels, 10).float()
+    again = compute_ems(
+        m, data, levels, generator=torch.Generator().manual_seed(0), class_labels=rows, **arguments
+    )
+    torch.testing.assert_close(again.l, by_class.l)
+
+
+def test_statistics_on_disk(tmp_path: Path) -> None:
+    smooth.save(tmp_path / "statistics.safetensors")
+    loaded = ModelStatistics.load(tmp_path / "statistics.safetensors")
+    for name in ("sigmas", "l", "s", "b"):
+        assert getattr(loaded, name).equal(getattr(smooth, name)), name
+    with pytest.raises(FileNotFoundError, match=r"expected one that ModelStatistics.save wrote"):
+        ModelStatistics.load(tmp_path / "nothing")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        ModelStatistics.load(tmp_path / "text")
+    save_file({"l": torch.ones(2)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"to hold sigmas, l, s and b, got \['l'\]"):
+        ModelStatistics.load(tmp_path / "other")
+
+
+def test_slices() -> None:
+    part = smooth.slice(7.7)
+    kept = int((smooth.sigmas < 7.7).sum())
+    assert (float(part.sigmas[-1]), len(part.sigmas)) == (7.7, kept + 1)
+    assert part.l[:-1].equal(smooth.l[:kept]), "cut, not stretched"
+    fresh = tables(torch.tensor([1.0, 7.7], dtype=torch.float64))
+    for name in ("l", "s", "b"):
+        torch.testing.assert_close(getattr(part, name)[-1], getattr(fresh, name)[-1], rtol=1e-6, atol=1e-7)
+    g, grid = gaussian(), log_snr_sigmas(6, 0.01, 7.7)
+    x = 7.7 * randn(3, *g.event_shape)
+    assert relative_error(dpm_v3(g, x, grid, statistics=part), dpm_v3(g, x, grid, statistics=smooth)) < 1e-6
+    with pytest.raises(ValueError, match=r"within those of the statistics, 0.001 to 7.7, got \[10.0\]"):
+        dpm_v3(g, x, log_snr_sigmas(6, 0.01, 10.0), statistics=part)
+    assert len(smooth.slice(float(smooth.sigmas[-1])).sigmas) == len(smooth.sigmas)
+    for level in (200.0, 0.0005, float("nan")):
+        with pytest.raises(ValueError, match=r"within those of the statistics, 0.001 to 100"):
+            smooth.slice(level)
+    with pytest.raises(ValueError, match=r"expected sigma_max above 0.001"):
+        smooth.slice(0.001)
+
+
+# Calls --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("corrector", [False, True])
+def test_evaluations(corrector: bool) -> None:
+    g = gaussian()
+    for n in (1, 2, 3, 9):
+        with count_nfe(g) as nfe:
+            out = dpm_v3(
+                g,
+                80 * randn(2, *g.event_shape),
+                karras_sigmas(n),
+                statistics=smooth,
+                order=3,
+                corrector=corrector,
+            )
+        assert nfe() == n
+        assert out.isfinite().all()
+
+
+def test_precision() -> None:
+    m, grid = mixture(), karras_sigmas(8)
+    x = 80 * randn(4, *m.event_shape)
+    wide = dpm_v3(m, x, grid, statistics=smooth)
+    narrow = dpm_v3(m.float(), x.float(), grid, statistics=smooth)
+    kept = dpm_v3(m, x.float(), grid, statistics=smooth, dtype=torch.float64)
+    assert (narrow.dtype, kept.dtype) == (torch.float32, torch.float64)
+    assert relative_error(narrow, wide) < 1e-4
+    assert relative_error(kept, wide) < 1e-5
+
+
+def test_history_in_another_dtype() -> None:
+    g, grid = gaussian().float(), log_snr_sigmas(6, LOW, HIGH)
+    (_, x, _), *_ = trajectory("gaussian", (HIGH,))
+    history = trajectory("gaussian", levels_above(grid, 2))
+    narrow = [(sigma, state.float(), denoised.float()) for sigma, state, denoised in history]
+    wide = [(sigma, state.double(), denoised.double()) for sigma, state, denoised in narrow]
+    seen: list[dict[str, Any]] = []  # the end is what the denoiser made of float32
+    for given in (narrow, wide):
+        run = partial(dpm_v3, g, x.float(), grid, statistics=smooth, dtype=torch.float64)
+        run(history=given, callback=seen.append)
+    assert seen[1]["x"].equal(seen[len(seen) // 2 + 1]["x"]), "f is computed in the dtype of the state"
+
+
+def test_labels_stay_with_their_samples() -> None:
+    labels = torch.arange(7)
+    data = labels.double()[:, None, None, None].expand(7, 1, 2, 3)
+    seen: list[Tensor] = []
+
+    def forward(x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+        seen.append(class_labels)
+        assert bool(((x - class_labels.reshape(-1, 1, 1, 1)).abs() < 0.1).all())
+        return 0.5 * x / (1 + sigma.reshape(-1, 1, 1, 1))
+
+    model = torch.nn.Identity()
+    model.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    compute_ems(model, data, torch.tensor([0.01, 0.001]), n=10, batch_size=4, class_labels=labels)
+    assert [len(part) for part in seen] == 2 * [4, 4, 4, 4, 2, 2], "two products a batch and level"
+    dpm_v3(model, data, torch.tensor([0.01, 0.0]), statistics=smooth, class_labels=labels)
+    assert seen[-1].equal(labels)
+
+
+def test_narrow_data() -> None:
+    g, levels, data = gaussian(), torch.tensor([0.5, 1.0]), randn(8, 1, 2, 3)
+    draws = (torch.Generator().manual_seed(0) for _ in range(2))
+    wide, narrow = (
+        compute_ems(g.float(), data.to(dtype), levels, n=8, generator=draw)
+        for dtype, draw in zip((torch.float32, torch.bfloat16), draws, strict=True)
+    )
+    assert relative_error(narrow.l, wide.l) < 1e-3
+
+
+def test_bad_calls() -> None:
+    g, grid = gaussian(), karras_sigmas(5)
+    x = randn(2, *g.event_shape)
+    run = partial(dpm_v3, g, x, grid)
+    with pytest.raises(
+        ValueError, match="expected statistics of the denoiser: compute them once, with compute_ems"
+    ):
+        run()
+    with pytest.raises(ValueError, match=r"0.001 to 0.5, got \[80.0, .*\]"):
+        run(statistics=smooth.slice(0.5))
+    with pytest.raises(ValueError, match=r"0.001 to 100, got \[120.0\]"):
+        run(statistics=smooth, history=[(120.0, x, x)])
+    with pytest.raises(ValueError, match=r"decrease to above 80, got \[70.0\]"):
+        run(statistics=smooth, history=[(70.0, x, x)])
+    with pytest.raises(ValueError, match="expected an order from 1 to 3, got 4"):
+        run(statistics=smooth, order=4)
+    with pytest.raises(ValueError, match=r"expected x of shape \(B, \(1, 8, 8\)\), as the statistics"):
+        run(statistics=tables(torch.tensor([0.001, 100.0]), (1, 8, 8)))
+
+
+def test_bad_tables() -> None:
+    one = torch.ones(2, 3)
+    for sigmas in (torch.tensor([2.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0]), one):
+        with pytest.raises(ValueError, match="expected at least two increasing positive sigmas"):
+            ModelStatistics(sigmas, one, one, one)
+    sigmas = torch.tensor([1.0, 2.0])
+    for bad in (torch.ones(2, 4), torch.ones(3, 3), one * float("nan")):
+        with pytest.raises(ValueError, match=r"finite tables of shape \(2, \*event_shape\).*got s of shape"):
+            ModelStatistics(sigmas, one, bad, one)
+
+
+def test_bad_statistics() -> None:
+    g, levels, data = gaussian(), torch.tensor([1.0, 2.0]), randn(4, 1, 2, 3)
+    cases: list[tuple[Tensor, Tensor, dict[str, Any], str]] = [
+        (data[:0], levels, {}, r"expected floating data \(N, \*event_shape\)"),
+        (data.long(), levels, {}, "expected floating data"),
+        (data, levels[:1], {}, "at least two finite positive sigmas"),
+        (data, -levels, {}, "at least two finite positive sigmas"),
+        (data, levels, {"n": 1}, "expected n >= 2"),
+        (data, levels, {"class_labels": torch.zeros(3)}, "expected 4 class_labels"),
+    ]
+    for given, sigmas, arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            compute_ems(g, given, sigmas, **arguments)
+    broken = torch.nn.Identity()
+    broken.forward = lambda x, sigma: x * (0 * sigma).sqrt()[:, None, None, None]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="expected Identity to have finite derivatives in x and sigma"):
+        compute_ems(broken, data, levels)
