@@ -206,7 +206,8 @@ def run(config: Config) -> None:
             since += time.perf_counter() - paused  # neither counts as training
             if stopping and done < config.train.steps:
                 bar.close()
-                log.info(f"{interrupt.signal or 'a signal'}: saved step {done}; the same command resumes")
+                why = interrupt.signal.name if interrupt.signal else "a signal to another process"
+                log.info(f"{why}: saved step {done}; the same command resumes")
                 accelerator.end_training()
                 return
     bar.close()
