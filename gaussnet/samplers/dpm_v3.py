@@ -311,7 +311,7 @@ def dpm_v3(
     The coefficients are computed on the host in each step, for one event. Without history the first step is
     of order 1, or 2 with its corrector.
 
-    Reference: Zheng et al. 2023, arXiv 2310.13268, Algorithms 1 and 2. Further arguments, result and errors
+    Reference: Zheng et al. 2023, arXiv 2310.13268. Further arguments, result and errors
     as in `dpmpp_2m`.
 
     Args:
