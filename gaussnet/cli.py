@@ -4,11 +4,12 @@
     gaussnet info MODEL
     gaussnet import-edm SNAPSHOT.pkl DIR
     gaussnet sample MODEL --out DIR [--solver S] [--steps N] [--teleport auto] [--seeds 0-63] ...
+    gaussnet reproduce EXPERIMENT --model MODEL --data DATA --out DIR
     gaussnet watch RUN [--every SECONDS] [--once]
     gaussnet report RUN [--out FILE.html] [--open]
 
-`fit` under `accelerate launch --no_python` or `torchrun --no-python` shares a pass over the data between
-processes. Errors are one line on standard error, with exit status 2; nothing is written then.
+`fit`, `sample` and `reproduce` under `accelerate launch --no_python` or `torchrun --no-python` share their
+work between processes. Errors are one line on standard error, with exit status 2; nothing is written then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
@@ -27,8 +27,9 @@ from typing import get_args
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from gaussnet.cli_reproduce import add_reproduce
 from gaussnet.cli_sample import add_sample
 from gaussnet.data import ImageData, open_images
 from gaussnet.data.arrays import Layout
@@ -37,6 +38,7 @@ from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser, Gaussi
 from gaussnet.edm_import import import_edm
 from gaussnet.fit.spectrum import OPTIONS
 from gaussnet.hub import CONFIG_NAME, from_pretrained
+from gaussnet.processes import joined_processes
 from gaussnet.run_report import Run, watch, write_page
 from gaussnet.summary import summarise
 from gaussnet.version import __version__
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     edm.add_argument("--overwrite", action="store_true", help="replace a model that lies there")
     edm.set_defaults(run=_import_edm)
     add_sample(commands.add_parser("sample", help="draw images from a saved model"))
+    add_reproduce(commands.add_parser("reproduce", help="repeat an experiment of the paper on a model"))
     watching = commands.add_parser("watch", help="show how a training run is doing, until it is complete")
     watching.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
     watching.add_argument(
@@ -168,17 +171,13 @@ def _fit(options: argparse.Namespace) -> None:
         root=options.root,
         on_error=options.on_error,
     )
-    rank, world = _join_processes()
-    try:
-        model = _fitted(options, images, rank, world)
-        if rank == 0:
+    with joined_processes() as processes:
+        model = _fitted(options, images, processes.rank, processes.world)
+        if processes.first:
             data = {**model.provenance.get("data", {}), "name": images.name, "scaling": images.scaling}
             model.provenance = {**model.provenance, "data": {**data, "skipped": images.skipped}}
             model.save_pretrained(options.out)
             print(f"{images}\n\n{summarise(model)}\n\nsaved to {options.out}")
-    finally:
-        if world > 1:
-            distributed.destroy_process_group()
 
 
 def _fitted(options: argparse.Namespace, images: ImageData, rank: int, world: int) -> Denoiser:
@@ -271,14 +270,6 @@ def _groups(path: Path, count: int) -> Tensor:
     except ValueError as error:
         raise ValueError(f"--groups {path}: expected a .npy file of {count} integers ({error})") from error
     return torch.as_tensor(groups)
-
-
-def _join_processes() -> tuple[int, int]:
-    """Rank and number of the processes that accelerate or torchrun started; 0 and 1 without them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return 0, 1
-    distributed.init_process_group("gloo")
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _expect_free(folder: Path, overwrite: bool) -> None:

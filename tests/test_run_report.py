@@ -15,7 +15,6 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gaussnet import plots
 from gaussnet.run_report import Run, Status, figures, page, status, watch, watching, write_page
 from gaussnet.run_report.folder import read_table
 
@@ -609,7 +608,7 @@ def test_watching_needs_no_matplotlib(tmp_path: Path, monkeypatch: pytest.Monkey
     def missing() -> None:
         raise ImportError("figures need matplotlib: pip install 'gaussnet[train]'")
 
-    monkeypatch.setattr(plots, "_pyplot", missing)
+    monkeypatch.setattr(figures, "pyplot", missing)
     for cached in (figures.training, figures.heldout, figures.dynamics, figures.distances):
         cached.cache_clear()
     stream = io.StringIO()

@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gaussnet import plots
+from gaussnet.plots.style import pyplot
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -37,7 +38,7 @@ def values(rows: Iterable[Mapping[str, Any]], *names: str) -> Values:
 @lru_cache(maxsize=4)
 def training(rows: Values) -> str:
     """Loss, throughput and the share of time that waits for data; rows of (step, loss, images/s, waiting)."""
-    plt = plots._pyplot()
+    plt = pyplot()
 
     def draw(path: Path) -> None:
         figure, axes = plt.subplots(
@@ -64,7 +65,7 @@ def training(rows: Values) -> str:
 @lru_cache(maxsize=4)
 def heldout(rows: Values) -> str:
     """Held-out errors over steps, a line a level; rows of (step, weights, sigma, error, relative)."""
-    plt = plots._pyplot()
+    plt = pyplot()
     titles = {"raw": "trained weights", "ema": "averaged weights"}
     weights = list(dict.fromkeys(row[1] for row in rows))
     sigmas = sorted({row[2] for row in rows})
@@ -120,7 +121,7 @@ def dynamics(rows: Values, quantity: str, kind: str) -> str:
 @lru_cache(maxsize=4)
 def distances(rows: Values) -> str:
     """Numbers over steps, a panel a name; rows of (step, name, value)."""
-    plt = plots._pyplot()
+    plt = pyplot()
     names = list(dict.fromkeys(row[1] for row in rows))
 
     def draw(path: Path) -> None:

@@ -1,11 +1,7 @@
-"""Figures from the probes' tables and from samples. Needs matplotlib (`pip install gaussnet[train]`).
-
-Each function draws one figure, saves it and closes it. Nothing here computes a result.
-"""
+"""Figures of a training run: its probes, its loss, its samples. Each is saved, and closed."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.plots.style import colours as colours_of
+from gaussnet.plots.style import pyplot
 from gaussnet.probes import minima
 
 
@@ -40,14 +38,14 @@ def learning_dynamics(
     Raises:
         ValueError: if no row has this quantity, these weights and this kind of queries.
     """
-    plt = _pyplot()
+    plt = pyplot()
     wanted = {"quantity": quantity, "weights": weights, "queries": kind}
     chosen = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     if not chosen:
         given = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
         raise ValueError(f"expected rows of {given}, got none")
     sigmas = sorted({float(row["sigma"]) for row in chosen})
-    colours = _colours({str(row["reference"]) for row in chosen}, plt)
+    colours = colours_of(str(row["reference"]) for row in chosen)
     closest = {(row["sigma"], row["reference"]): row for row in minima(chosen)}
     columns = min(4, len(sigmas))
     lines = -(-len(sigmas) // columns)
@@ -113,7 +111,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """
     if not rows:
         raise ValueError("expected at least one row of metrics, got none")
-    plt = _pyplot()
+    plt = pyplot()
     steps, losses, speeds = (
         [float(row[name]) for row in rows] for name in ("step", "loss", "images_per_second")
     )
@@ -143,7 +141,7 @@ def image_rows(rows: Mapping[str, Tensor], path: str | Path, columns: int = 12) 
     """
     if not rows:
         raise ValueError("expected at least one row of images, got none")
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(columns, *(len(images) for images in rows.values()))
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(0.75 * columns + 1.6, 0.82 * len(rows)), squeeze=False, layout="constrained"
@@ -157,27 +155,3 @@ def image_rows(rows: Mapping[str, Tensor], path: str | Path, columns: int = 12) 
         axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'gaussnet[train]'") from error
-    plt.switch_backend("agg")
-    return plt
-
-
-_FIXED = {"isotropic": "0.6", "gaussian": "tab:orange", "delta": "black"}
-
-
-def _colours(references: Iterable[str], plt: Any) -> dict[str, Any]:
-    """Reference -> colour, from coarse to memorising; mixtures are darker the more components they have."""
-    graded = sorted(
-        (name for name in references if name not in _FIXED),
-        key=lambda name: (int((re.findall(r"\d+", name) or [0])[-1]), name),
-    )
-    shades = plt.get_cmap("Blues")(np.linspace(1.0, 0.35, len(graded)))[::-1]
-    ordered = [*list(_FIXED)[:2], *graded, "delta"]
-    colours = _FIXED | dict(zip(graded, shades, strict=True))
-    return {name: colours[name] for name in ordered if name in set(references)}
