@@ -28,6 +28,7 @@ from train.config import Config, ConfigError, Precond
 from train.configfile import load_config
 from train.data import load_data
 from train.models import build_network, fit_analytic, fit_wrapping, wrap
+from train.rundir import read_csv
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -279,6 +280,41 @@ def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, opt
     assert isinstance(model, gaussnet.EDMPrecond) == (config.precond is Precond.edm)
     if "loss.sigma_max=5" in options:
         assert model.sigma_gate == pytest.approx(5, rel=1e-3)
+
+
+def test_arms_begin_with_the_same_weights(tmp_path: Path) -> None:
+    networks: list[torch.nn.Module] = []
+    for options in (["precond=edm"], [], ["bypass.show_gaussian=false"]):
+        config = tiny(tmp_path, *options)
+        torch.manual_seed(3)
+        networks.append(build_network(config, load_data(config.data)))
+    edm, shown, plain = (dict(network.named_parameters()) for network in networks)
+    differ = {name for name in edm if edm[name].shape != shown[name].shape}
+    assert len(differ) == 1  # the first convolution
+    assert all(torch.equal(edm[name], shown[name]) for name in edm if name not in differ)
+    assert all(torch.equal(edm[name], plain[name]) for name in edm)
+
+
+def test_it_can_begin_by_learning_the_gaussian(tmp_path: Path) -> None:
+    warm = ["precond=edm", "edm.sigma_data=1", "train.steps=60", "heldout.every=60", "probe.times=1"]
+    train.loop.run(tiny(tmp_path / "gaussian", *warm, "loss.gaussian_steps=60"))
+    train.loop.run(tiny(tmp_path / "images", *warm))
+    rest = [explained(tmp_path / name / "probes.csv") for name in ("gaussian", "images")]
+    assert rest[0] < 0.8 * rest[1]  # what the Gaussian leaves unexplained of the network
+
+
+def explained(path: Path) -> float:
+    rows = [row for row in read_csv(path) if row["reference"] == "gaussian" and row["weights"] == "raw"]
+    last = max(int(row["step"]) for row in rows)
+    chosen = [
+        float(row["mean"])
+        for row in rows
+        if int(row["step"]) == last
+        and row["quantity"] == "denoiser"
+        and row["queries"] == "noised"
+        and 0.2 <= float(row["sigma"]) <= 1
+    ]
+    return sum(chosen) / len(chosen)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gaussnet import open_images
 from train.config import ConfigError, DataConfig
 from train.data import StepSampler, batch_indices, fit_source, generator_for, load_data, loader
 
@@ -111,3 +112,39 @@ def test_generators_differ_by_every_part_of_their_key() -> None:
         assert torch.equal(first, torch.randn(4, generator=generator_for(*keys[i])))
         for other in draws[:i]:
             assert not torch.equal(first, other)
+
+
+def grouped(tmp_path: Path, groups: np.ndarray) -> DataConfig:
+    np.save(tmp_path / "groups.npy", groups)
+    return DataConfig(groups=str(tmp_path / "groups.npy"), heldout=0.2)
+
+
+def test_groups_are_held_out_whole(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(-20, 180, 1797)
+    images = open_images("digits").tensor()
+    data = load_data(grouped(tmp_path, numbers))
+    assert data.groups is not None
+    assert len(data.groups) == len(data.train)
+    of_image = {image.numpy().tobytes(): int(group) for image, group in zip(images, numbers, strict=True)}
+    train = [of_image[image.numpy().tobytes()] for image in data.train.tensor()]
+    held = {of_image[image.numpy().tobytes()] for image in data.heldout.tensor()}
+    assert train == data.groups.tolist()
+    assert not held & set(train)
+    assert len(data.train) + len(data.heldout) == 1797
+    assert 359 <= len(data.heldout) < 359 + 30  # up to the end of a group
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (np.zeros(1797, dtype=int), r"data\.heldout: 0\.2 of 1797 images is 1797"),
+        (np.zeros(5, dtype=int), r"expected 1797 integers in .*, one an image, got int64 of shape \(5,\)"),
+        (np.zeros(1797), "got float64"),
+    ],
+    ids=["one group", "too few", "floats"],
+)
+def test_impossible_groups(tmp_path: Path, groups: np.ndarray, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_data(grouped(tmp_path, groups))
+    with pytest.raises(ConfigError, match=r"data\.groups: .*absent"):
+        load_data(DataConfig(groups=str(tmp_path / "absent.npy")))

@@ -1,6 +1,7 @@
 """The training loss: which noise, which weight, and batches that are pure functions of the step."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,31 @@ def test_augmented_images_come_with_their_labels() -> None:
     model: Any = EDMPrecond(nn.Identity(), event_shape=(1, 8, 8))
     denoising_loss(asked, model, drawn)
     assert torch.equal(asked.extra["augment_labels"], drawn.augment_labels)
+
+
+def test_a_teacher_takes_the_place_of_the_images() -> None:
+    config, data = setting()
+    model = EDMPrecond(Zero(), 0.5, event_shape=(1, 8, 8))
+    drawn = batch(config, data)
+    x = drawn.clean + drawn.sigma[:, None, None, None] * drawn.noise
+
+    def twice(x: Tensor, sigma: Tensor) -> Tensor:
+        return 2 * x
+
+    loss = denoising_loss(model, model, drawn, Teacher(twice))
+    error = (model(x, drawn.sigma) - 2 * x).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, (model.weight(drawn.sigma) * error).mean())
+
+
+class Zero(nn.Module):
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Teacher(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.function(x, sigma)

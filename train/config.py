@@ -65,6 +65,7 @@ class DataConfig:
     xflip: bool = False  # mirror images, too
     labels: bool = False  # a class-conditional model
     heldout: float = 0.1  # share (or number, from 1 up) of images that training never sees
+    groups: str | None = None  # .npy of an integer an image: variants of one image, held out together
     split_seed: int = 0
     workers: int = 0  # processes that read ahead; 0: none, right for data in memory
 
@@ -150,11 +151,13 @@ class LossConfig:
     P_std: float = 1.2
     sigma_max: float | None = None  # above it the model is left to the Gaussian
     label_dropout: float = 0.0  # share of class labels that are zeroed, for guidance
+    gaussian_steps: int = 0  # first steps in which the network learns the Gaussian denoiser, not the images
 
     def __post_init__(self) -> None:
         expect("loss.P_std", self.P_std, self.P_std > 0, "> 0")
         expect("loss.sigma_max", self.sigma_max, self.sigma_max is None or self.sigma_max > 0, "null or > 0")
         expect("loss.label_dropout", self.label_dropout, 0 <= self.label_dropout <= 1, "in [0, 1]")
+        expect("loss.gaussian_steps", self.gaussian_steps, self.gaussian_steps >= 0, ">= 0")
 
 
 @dataclass

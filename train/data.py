@@ -25,6 +25,7 @@ class Data:
     train: ImageData
     heldout: ImageData
     n_classes: int = 0  # of a class-conditional model
+    groups: Tensor | None = None  # (N,) of the images to train on: variants of one image share a number
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -40,11 +41,11 @@ class Data:
 
 
 def load_data(config: DataConfig) -> Data:
-    """Opens a data set and splits it at random, by a fixed seed.
+    """Opens a data set and splits it at random, by a fixed seed; no group is on both sides.
 
     Raises:
-        ConfigError: if it cannot be opened, has no labels where they are asked for, or the split leaves
-            a side empty.
+        ConfigError: if it or its groups cannot be opened, it has no labels where they are asked for, or the
+            split leaves a side empty.
     """
     scaling = config.scaling if isinstance(config.scaling, str | None) else tuple(config.scaling)
     options = {name: getattr(config, name) for name in ("layout", "mode", "resolution", "split", "root")}
@@ -57,12 +58,42 @@ def load_data(config: DataConfig) -> Data:
         raise ConfigError(f"data.source: {error}") from error
     if config.labels and images.labels is None:
         raise ConfigError(f"data.labels: expected a source with labels, got {images}")
-    order = torch.randperm(len(images), generator=generator_for(config.split_seed, "split"))
+    generator = generator_for(config.split_seed, "split")
+    groups = None if config.groups is None else load_groups(config.groups, len(images))
+    if groups is None:
+        order = torch.randperm(len(images), generator=generator)
+    else:
+        names, place = groups.unique(return_inverse=True)
+        order = torch.randperm(len(names), generator=generator)[place].argsort(stable=True)
     count = round(config.heldout if config.heldout >= 1 else len(images) * config.heldout)
+    if groups is not None and 0 < count < len(images):  # up to the end of the last group that is begun
+        count = 1 + int((groups[order] == groups[order[count - 1]]).nonzero().max())
     if not 0 < count < len(images):
         raise ConfigError(f"data.heldout: {config.heldout} of {len(images)} images is {count}")
     classes = int(images.labels.max()) + 1 if config.labels and images.labels is not None else 0
-    return Data(images.subset(order[count:]), images.subset(order[:count]), classes)
+    train = order[count:]
+    return Data(
+        images.subset(train),
+        images.subset(order[:count]),
+        classes,
+        None if groups is None else groups[train],
+    )
+
+
+def load_groups(path: str, count: int) -> Tensor:
+    """Group numbers (count,) of all images.
+
+    Raises:
+        ConfigError: if the file does not hold them.
+    """
+    try:
+        groups = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.groups: {error}") from error
+    if not isinstance(groups, np.ndarray) or groups.shape != (count,) or groups.dtype.kind not in "iu":
+        got = f"{groups.dtype} of shape {groups.shape}" if isinstance(groups, np.ndarray) else "an archive"
+        raise ConfigError(f"data.groups: expected {count} integers in {path}, one an image, got {got}")
+    return torch.from_numpy(groups.astype(np.int64))
 
 
 def fit_source(images: ImageData, rank: int = 0, world: int = 1) -> Any:

@@ -154,10 +154,11 @@ def run(config: Config) -> None:
                 generator_for(config.seed, "dropout", step, accelerator.process_index).initial_seed()
             )
             optimizer.zero_grad()
+            teacher = analytic.gaussian if step < config.loss.gaussian_steps else None
             parts, loss = config.train.accumulate, torch.zeros((), device=device)
             for index in range(parts):
                 with accelerator.no_sync(wrapped) if index < parts - 1 else nullcontext():
-                    part = denoising_loss(wrapped, model, batch.part(index, parts)) / parts
+                    part = denoising_loss(wrapped, model, batch.part(index, parts), teacher) / parts
                     accelerator.backward(part)
                 loss = loss + part.detach()
             # The scaler of fp16 has to see what overflows, and then skips the step by itself.

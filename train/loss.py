@@ -2,6 +2,9 @@
 
     ln s ~ N(P_mean, P_std^2), given s < sigma_max,      loss = E weight(s) ||D(x_0 + s n, s) - x_0||^2 / D
 
+In the first `gaussian_steps`, x_0 is replaced by what the Gaussian denoiser makes of the noisy image: the
+network begins as a regression to the best affine denoiser (a linear warm-up).
+
 Every random number is a pure function of (seed, step), drawn for the whole batch and sliced by process. A
 resumed run therefore sees what an uninterrupted one would, and several processes train on what one process
 with the same batch would.
@@ -86,10 +89,16 @@ def make_batch(raw: Tensor, labels: Tensor, step: int, share: slice, data: Data,
     return Batch(clean, sigma[share], noise[share], class_labels, augment_labels)
 
 
-def denoising_loss(wrapped: nn.Module, model: BypassPrecond, batch: Batch) -> Tensor:
-    """The mean weighted error of a batch. `wrapped` is the model, as the processes share it."""
+def denoising_loss(
+    wrapped: nn.Module, model: BypassPrecond, batch: Batch, teacher: nn.Module | None = None
+) -> Tensor:
+    """The mean weighted error of a batch. `wrapped` is the model, as the processes share it.
+
+    The error is to the clean images, or to what a teacher makes of the noisy ones.
+    """
     extra = {} if batch.augment_labels is None else {"augment_labels": batch.augment_labels}
     x = batch.clean + batch.sigma[:, None, None, None] * batch.noise
     denoised = wrapped(x, batch.sigma, batch.class_labels, **extra)
-    error = (denoised - batch.clean).square().flatten(1).mean(1)
+    target = batch.clean if teacher is None else teacher(x, batch.sigma).detach()
+    error = (denoised - target).square().flatten(1).mean(1)
     return (model.weight(batch.sigma) * error).mean()

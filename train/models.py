@@ -65,18 +65,27 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
     fit, device = config.fit, accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     source = fit_source(data.train, rank, world)
-    images, _ = some_images(config, data)
-    images = images.to(device)
+    index = some_indices(config, data)
+    images = data.train.to_float(data.train[index][0]).to(device)
+    groups = data.groups
     try:
         gaussian = GaussianDenoiser.fit(
             source.to(device) if isinstance(source, Tensor) else source,
             rank=fit.rank,
             shrinkage=fit.shrinkage,
+            groups=None if groups is None else groups[rank::world],
             mirror=config.data.xflip,
             all_processes=world > 1,
         ).to(device)
         mixtures = {
-            k: GaussianMixtureDenoiser.fit(images, k, fit.mixture_rank, config.seed, shrinkage=fit.shrinkage)
+            k: GaussianMixtureDenoiser.fit(
+                images,
+                k,
+                fit.mixture_rank,
+                config.seed,
+                shrinkage=fit.shrinkage,
+                groups=None if groups is None else groups[index],
+            )
             for k in fit.components
             if k == 1 or len(images) >= 20 * k
         }
@@ -86,13 +95,12 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
     return Analytic(isotropic, gaussian, mixtures, DeltaDenoiser(images))
 
 
-def some_images(config: Config, data: Data) -> tuple[Tensor, Tensor | None]:
-    """At most fit.max_data training images as float32, drawn at random, and their labels."""
+def some_indices(config: Config, data: Data) -> Tensor:
+    """Indices of at most fit.max_data training images, drawn at random."""
     index = torch.arange(len(data.train))
     if len(index) > config.fit.max_data:
         index = torch.randperm(len(index), generator=generator_for(config.seed, "fit"))[: config.fit.max_data]
-    images, labels = data.train[index]
-    return data.train.to_float(images), labels if data.n_classes else None
+    return index
 
 
 def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Accelerator) -> Wrapping:
@@ -104,8 +112,10 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
     if config.precond is Precond.edm:
         return Wrapping(analytic.gaussian)
     device, options = accelerator.device, config.bypass
-    images, labels = some_images(config, data)
-    images = images.to(device)
+    index = some_indices(config, data)
+    raw, classes = data.train[index]
+    images, labels = data.train.to_float(raw).to(device), classes if data.n_classes else None
+    groups = None if data.groups is None else data.groups[index]
     base: GaussianDenoiser | GaussianMixtureDenoiser = analytic.gaussian
     error = None
     if options.gaussian is not BypassBase.gaussian:
@@ -118,6 +128,7 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
                 config.seed,
                 labels if by_class else None,
                 config.fit.shrinkage,
+                groups=groups,
             )
         except ValueError as problem:
             raise ConfigError(f"bypass.gaussian: {problem}") from problem
@@ -162,16 +173,32 @@ def fit_gate(
 def build_network(config: Config, data: Data) -> nn.Module:
     """The network for the data's channels and resolution.
 
+    One that is shown the Gaussian has more input channels, and would draw all its initial weights otherwise.
+    It gets those of the plain network wherever shapes agree: runs differ by what they compare alone.
+
     Raises:
         ConfigError: if the network cannot be built, or cannot take the images.
     """
+    channels = data.event_shape[0]
+    plain = _network(config, data, channels)
+    if config.precond is not Precond.bypass or not config.bypass.show_gaussian:
+        return plain
+    network = _network(config, data, 2 * channels)
+    weights = plain.state_dict()
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.shape == weights[name].shape:
+                tensor.copy_(weights[name])
+    return network
+
+
+def _network(config: Config, data: Data, in_channels: int) -> nn.Module:
     channels, height, width = data.event_shape
-    shown = config.precond is Precond.bypass and config.bypass.show_gaussian
     exact = config.network.name == "MLP" and height != width
     try:
         return NETWORKS[config.network.name](
             img_resolution=cast(Any, [height, width] if exact else max(height, width)),
-            in_channels=channels * (2 if shown else 1),
+            in_channels=in_channels,
             out_channels=channels,
             label_dim=data.n_classes,
             augment_dim=label_dim(config.augment),
