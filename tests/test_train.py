@@ -526,3 +526,23 @@ def test_errors_reach_the_shell_once(tmp_path: Path, arguments: list[str], messa
     assert len(errors) == 1, result.stderr
     assert message in errors[0]
     assert not (out / "config.yaml").exists(), "an impossible run was started"
+
+
+def test_errors_along_all_axes_are_the_whole_error(tmp_path: Path) -> None:
+    train.loop.run(tiny(tmp_path, "probe.times=1", "heldout.bands=4", "report.reference_steps=6"))
+    whole = {
+        (r["step"], r["weights"], r["sigma"]): float(r["error"]) for r in read_csv(tmp_path / "heldout.csv")
+    }
+    bands: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in read_csv(tmp_path / "modes.csv"):
+        bands.setdefault((row["step"], row["weights"], row["sigma"]), []).append(row)
+    assert bands.keys() == whole.keys()
+    for key, rows in bands.items():
+        assert [int(row["axes"]) for row in rows] == [1, 2, 4, 57]
+        total = sum(int(row["axes"]) * float(row["error"]) for row in rows)
+        assert total == pytest.approx(64 * whole[key], rel=1e-4), key
+        variances = [float(row["variance"]) for row in rows]
+        assert variances == sorted(variances, reverse=True)
+    start = next(rows for key, rows in bands.items() if key == ("4", "ema", "5.0"))
+    for row in start:  # at high noise, the model is its Gaussian, which predicts its error
+        assert float(row["error"]) == pytest.approx(float(row["gaussian"]), rel=0.8), row

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -118,6 +119,7 @@ class Heldout:
             self.count, *run.data.event_shape, generator=generator_for(run.config.seed, "held out")
         )
         self.noise = noise[run.share(self.count)].to(self.clean)
+        self.bands = mode_bands(run.gaussian, options.bands) if options.bands else []
 
     def due(self, step: int) -> bool:
         every = self.run.config.heldout.every
@@ -132,11 +134,13 @@ class Heldout:
             for i, (halflife, model) in enumerate(run.averages.items())
         }
         rows: list[dict[str, Any]] = []
+        modes: list[dict[str, Any]] = []
+        sigmas = run.config.heldout.sigmas
         for name, model in names.items():
-            errors = run.total(
-                denoising_errors(model, self.clean, self.noise, run.config.heldout.sigmas, self.labels)
-            )
-            errors = (errors / (self.count * run.data.train.event_shape.numel())).tolist()
+            axes = run.gaussian.covariance.eigvecs if self.bands else None
+            sums = run.total(error_sums(model, self.clean, self.noise, sigmas, self.labels, axes))
+            errors = (sums[:, 0] / (self.count * run.data.train.event_shape.numel())).tolist()
+            modes += [{"step": step, "weights": name, **row} for row in self.by_band(sums[:, 1:])]
             # Relative to the Gaussian's own error, every level weighs the same.
             relative = [
                 error / float(run.gaussian.bayes_error(sigma))
@@ -150,10 +154,37 @@ class Heldout:
             return
         before = best_error(read_csv(run.folder.heldout))
         append_csv(run.folder.heldout, rows)
+        if modes:
+            append_csv(run.folder.modes, modes)
         now = best_error([{key: str(value) for key, value in row.items()} for row in rows])
         run.accelerator.log({"heldout_error": now}, step=step)
         if now < before:
             run.folder.save_model(run.average, run.folder.best)
+
+    def by_band(self, errors: Tensor) -> list[dict[str, Any]]:
+        """Rows of the mean squared error along the axes of each band; `errors` are sums (levels, axes)."""
+        eigvals = self.run.gaussian.covariance.eigvals.double().cpu()
+        rows: list[dict[str, Any]] = []
+        for sigma, along in zip(self.run.config.heldout.sigmas, errors.cpu() / self.count, strict=True):
+            for axes in self.bands:
+                lam = eigvals[axes]
+                rows.append(
+                    {
+                        "sigma": sigma,
+                        "axes": len(axes),
+                        "variance": float(lam.mean()),
+                        "error": float(along[axes].mean()),
+                        "gaussian": float((lam * sigma**2 / (lam + sigma**2)).mean()),
+                    }
+                )
+        return rows
+
+
+def mode_bands(gaussian: GaussianDenoiser, count: int) -> list[Tensor]:
+    """At most `count` bands of axes, the largest variance first, as wide as they have to be: 1, 2, 4, ..."""
+    order = gaussian.covariance.eigvals.argsort(descending=True).cpu()
+    ends = sorted({min(2**k - 1, len(order)) for k in range(count)} | {len(order)})
+    return [order[start:end] for start, end in pairwise(ends)]
 
 
 def best_error(rows: Sequence[dict[str, str]]) -> float:
@@ -165,17 +196,32 @@ def best_error(rows: Sequence[dict[str, str]]) -> float:
     return min((sum(values) / len(values) for values in by_step.values()), default=float("inf"))
 
 
-@torch.no_grad()
 def denoising_errors(
     model: Any, clean: Tensor, noise: Tensor, sigmas: Sequence[float], labels: Tensor | None
 ) -> Tensor:
     """The sum of squared denoising errors at each level, (levels,), float64."""
-    totals = torch.zeros(len(sigmas), dtype=torch.float64, device=clean.device)
+    return error_sums(model, clean, noise, sigmas, labels)[:, 0]
+
+
+@torch.no_grad()
+def error_sums(
+    model: Any,
+    clean: Tensor,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    labels: Tensor | None,
+    axes: Tensor | None = None,
+) -> Tensor:
+    """Sums of squared denoising errors: the whole, then along each of the axes (D, r); (levels, 1 + r)."""
+    axes = clean.new_zeros(clean[0].numel(), 0) if axes is None else axes
+    totals = torch.zeros(len(sigmas), 1 + axes.shape[1], dtype=torch.float64, device=clean.device)
     for i, sigma in enumerate(sigmas):
         for part in torch.arange(len(clean), device=clean.device).split(256):
             own = None if labels is None else labels[part]
             error = model(clean[part] + sigma * noise[part], sigma, own) - clean[part]
-            totals[i] += error.double().square().sum()
+            error = error.flatten(1)
+            totals[i, 0] += error.double().square().sum()
+            totals[i, 1:] += (error @ axes.to(error)).double().square().sum(0)
     return totals
 
 

@@ -225,9 +225,11 @@ class HeldoutConfig:
     every: int = 500  # steps; 0: never
     queries: int = 512
     sigmas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
+    bands: int = 0  # of the Gaussian's axes, by which modes.csv tells the error; 0: no such file
 
     def __post_init__(self) -> None:
         expect("heldout.every", self.every, self.every >= 0, ">= 0")
+        expect("heldout.bands", self.bands, self.bands >= 0, ">= 0")
         expect("heldout.queries", self.queries, self.queries >= 1, ">= 1")
         expect("heldout.sigmas", self.sigmas, bool(self.sigmas) and min(self.sigmas) > 0, "levels > 0")
 

@@ -24,6 +24,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.probes = self.path / "probes.csv"
         self.heldout = self.path / "heldout.csv"
+        self.modes = self.path / "modes.csv"
         self.frechet = self.path / "frechet.csv"
         self.pictures = self.path / "samples"
         self.best = self.path / "best"
@@ -90,7 +91,7 @@ class RunFolder:
         aside = other.path.with_name(other.path.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(checkpoint, aside / "checkpoints" / checkpoint.name)
-        for table in (self.metrics, self.probes, self.heldout, self.frechet):
+        for table in (self.metrics, self.probes, self.heldout, self.modes, self.frechet):
             if table.is_file():
                 shutil.copy(table, aside / table.name)
         write_atomically(aside / self.config.name, to_yaml(config))
@@ -103,7 +104,7 @@ class RunFolder:
         if self.metrics.is_file():
             lines = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
             write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
-        for table in (self.probes, self.heldout, self.frechet):
+        for table in (self.probes, self.heldout, self.modes, self.frechet):
             if not table.is_file():
                 continue
             header, *rows = table.read_text().splitlines() or [""]
