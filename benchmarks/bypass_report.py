@@ -1,0 +1,207 @@
+"""What the runs of benchmarks/bypass_ablation.py say: tables in Markdown, figures beside them.
+
+    python benchmarks/bypass_report.py          writes benchmarks/bypass_ablation/{report.md, *.png}
+
+All from the tables in benchmarks/bypass_ablation/. Errors are squared denoising errors per pixel on held-out
+images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log error over
+the levels is that of EDM's last step, as a share of EDM's steps, interpolated in the logarithm of the step.
+Ratios are geometric means over seeds, paired by seed, with 95% intervals by Student's t of their logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from bypass_ablation import ARMS, RATE_SEED, TABLES, TASKS, read
+from scipy import stats
+
+from gaussnet.plots.style import pyplot, save
+
+REFERENCE = "edm"
+RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 0.5": (0.0, 0.49)}
+
+Curve = dict[int, dict[float, float]]  # step -> sigma -> error
+
+
+def curves() -> dict[tuple[str, str, int], Curve]:
+    """(task, arm, seed) -> errors."""
+    found: dict[tuple[str, str, int], Curve] = defaultdict(lambda: defaultdict(dict))
+    for row in read(TABLES / "errors.csv"):
+        if int(row["seed"]) != RATE_SEED:
+            curve = found[row["task"], row["arm"], int(row["seed"])]
+            curve[int(row["step"])][float(row["sigma"])] = float(row["error"])
+    return found
+
+
+def level(errors: Mapping[float, float], low: float, high: float) -> float:
+    """The mean logarithm of the error over the levels of a range."""
+    return float(np.mean([math.log(error) for sigma, error in errors.items() if low <= sigma <= high]))
+
+
+def reached(curve: Curve, target: float, low: float, high: float) -> float:
+    """The step at which the mean log error falls to the target; inf if it does not."""
+    points = [(step, level(errors, low, high)) for step, errors in sorted(curve.items())]
+    if points[0][1] <= target:
+        return points[0][0]
+    for (step, value), (next_step, next_value) in pairwise(points):
+        if next_value <= target:
+            share = (value - target) / (value - next_value)
+            first = max(step, 1)
+            return math.exp(math.log(first) + share * (math.log(next_step) - math.log(first)))
+    return math.inf
+
+
+def interval(logs: Sequence[float]) -> str:
+    """A geometric mean with its interval."""
+    finite = [value for value in logs if math.isfinite(value)]
+    if not finite:
+        return "not reached" if logs and logs[0] > 0 else "0"
+    mean = float(np.mean(finite))
+    text = f"{math.exp(mean):.3f}"
+    if len(finite) > 1:
+        spread = float(stats.t.ppf(0.975, len(finite) - 1) * np.std(finite, ddof=1) / math.sqrt(len(finite)))
+        text += f" ({math.exp(mean - spread):.3f} to {math.exp(mean + spread):.3f})"
+    missing = len(logs) - len(finite)
+    return text + (f", {missing} of {len(logs)} seeds never" if missing else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
+    """The tables of a task."""
+    own = {(arm, seed): curve for (name, arm, seed), curve in found.items() if name == task}
+    seeds = sorted({seed for arm, seed in own if arm == REFERENCE})
+    arms = [arm for arm in ARMS if any((arm, seed) in own for seed in seeds)]
+    if not seeds or len(arms) < 2:
+        return ""
+    last = max(own[REFERENCE, seeds[0]])
+    sigmas = sorted(own[REFERENCE, seeds[0]][last])
+    speeds: list[list[str]] = []
+    errors: list[list[str]] = []
+    for arm in arms:
+        paired = [seed for seed in seeds if (arm, seed) in own]
+        cells: list[str] = []
+        for low, high in RANGES.values():
+            logs: list[float] = []
+            for seed in paired:
+                step = reached(own[arm, seed], level(own[REFERENCE, seed][last], low, high), low, high)
+                logs.append(math.log(step / last) if step > 0 else -math.inf)
+            cells.append(interval(logs))
+        if arm != REFERENCE:
+            speeds.append([arm, str(len(paired)), *cells])
+        ratios = [
+            [math.log(own[arm, seed][last][sigma] / own[REFERENCE, seed][last][sigma]) for seed in paired]
+            for sigma in sigmas
+        ]
+        if arm == REFERENCE:
+            absolute = [np.mean([own[arm, seed][last][sigma] for seed in paired]) for sigma in sigmas]
+            errors.append([f"{arm}, error", *(f"{value:.3g}" for value in absolute)])
+        else:
+            errors.append([f"{arm}, ratio", *(f"{math.exp(np.mean(logs)):.3f}" for logs in ratios)])
+    head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES)]
+    return "\n\n".join(
+        [
+            f"## {task}, {last} steps",
+            table(head, speeds),
+            f"Held-out error per pixel after {last} steps, by sigma:",
+            table(["arm", *(f"{sigma:g}" for sigma in sigmas)], errors),
+        ]
+    )
+
+
+def measures_text(task: str) -> str:
+    """Means over seeds of what was measured on finished runs."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(TABLES / "measures.csv"):
+        if row["task"] == task and int(row["seed"]) != RATE_SEED:
+            values[row["arm"]][row["name"]].append(float(row["value"]))
+    names = list(dict.fromkeys(name for measured in values.values() for name in measured))
+    rows = [
+        [arm, *(f"{np.mean(values[arm][name]):.4g}" if values[arm][name] else "-" for name in names)]
+        for arm in ARMS
+        if arm in values
+    ]
+    return table(["arm", *names], rows) if rows else ""
+
+
+def draw_curves(found: Mapping[tuple[str, str, int], Curve]) -> None:
+    """Learning curves: the mean log error, a panel a task and range of levels, a line an arm."""
+    tasks = [task for task in TASKS if any(name == task for name, _, _ in found)]
+    if not tasks:
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        len(tasks), len(RANGES), figsize=(13, 3.4 * len(tasks)), squeeze=False, layout="constrained"
+    )
+    shades = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
+    for line, task in enumerate(tasks):
+        for axis, (name, (low, high)) in zip(axes[line], RANGES.items(), strict=True):
+            for shade, arm in zip(shades, ARMS, strict=False):
+                runs = [curve for (own, other, _), curve in found.items() if (own, other) == (task, arm)]
+                if not runs:
+                    continue
+                steps = sorted(set.intersection(*(set(run) for run in runs)) - {0})
+                means = [np.exp(np.mean([level(run[step], low, high) for run in runs])) for step in steps]
+                bold = arm in ("edm", "bypass-all")
+                axis.plot(steps, means, label=arm, color=shade, lw=2.2 if bold else 1.1)
+            axis.set(xscale="log", yscale="log", title=f"{task}: {name}", xlabel="step")
+            axis.grid(alpha=0.25, which="both")
+        axes[line, 0].set_ylabel("geometric mean of the error")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    save(figure, TABLES / "curves.png")
+
+
+def draw_modes(task: str) -> None:
+    """When each band of axes is learned: steps to halfway, in log error, between the first and last error."""
+    found: dict[tuple[str, float, float], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(TABLES / "modes.csv"):
+        if row["task"] == task and row["sigma"] in ("0.2", "0.5", "1"):
+            key = (row["arm"], float(row["sigma"]), float(row["variance"]))
+            found[key][int(row["step"])].append(math.log(float(row["error"])))
+    if not found:
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
+    for axis, sigma in zip(axes, (0.2, 0.5, 1.0), strict=True):
+        for arm in ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all"):
+            points: list[tuple[float, float]] = []
+            for (name, own, variance), by_step in found.items():
+                if (name, own) != (arm, sigma):
+                    continue
+                curve = [(step, float(np.mean(logs))) for step, logs in sorted(by_step.items())]
+                target = curve[-1][1] + math.log(1.1)  # within a tenth of its last error
+                points.append((variance, next(step for step, value in curve if value <= target)))
+            if points:
+                axis.plot(*zip(*sorted(points), strict=True), "o-", ms=3, lw=1.2, label=arm)
+        axis.set(xscale="log", title=rf"$\sigma$ = {sigma:g}", xlabel="variance along the axes")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("steps to within 10% of the last error")
+    axes[-1].legend(frameon=False, fontsize=8)
+    save(figure, TABLES / "modes.png")
+
+
+def main() -> None:
+    """Writes report and figures, and prints the report."""
+    found = curves()
+    parts = ["# Does the bypass pay?", "    python benchmarks/bypass_report.py"]
+    for task in TASKS:
+        text = task_text(task, found)
+        if text:
+            parts += [text, measures_text(task)]
+    (TABLES / "report.md").write_text("\n\n".join(parts) + "\n")
+    draw_curves(found)
+    draw_modes("core")
+    print("\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
