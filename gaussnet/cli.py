@@ -4,12 +4,14 @@
     gaussnet info MODEL
     gaussnet import-edm SNAPSHOT.pkl DIR
     gaussnet sample MODEL --out DIR [--solver S] [--steps N] [--teleport auto] [--seeds 0-63] ...
+    gaussnet fid IMAGES --ref STATS.npz | --make-ref DATA --out STATS.npz
     gaussnet reproduce EXPERIMENT --model MODEL --data DATA --out DIR
     gaussnet watch RUN [--every SECONDS] [--once]
     gaussnet report RUN [--out FILE.html] [--open]
 
-`fit`, `sample` and `reproduce` under `accelerate launch --no_python` or `torchrun --no-python` share their
-work between processes. Errors are one line on standard error, with exit status 2; nothing is written then.
+`fit`, `sample`, `fid` and `reproduce` under `accelerate launch --no_python` or `torchrun --no-python` share
+their work between processes. Errors are one line on standard error, with exit status 2; nothing is written
+then.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.cli_fid import add_fid
 from gaussnet.cli_reproduce import add_reproduce
 from gaussnet.cli_sample import add_sample
 from gaussnet.data import ImageData, open_images
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     edm.add_argument("--overwrite", action="store_true", help="replace a model that lies there")
     edm.set_defaults(run=_import_edm)
     add_sample(commands.add_parser("sample", help="draw images from a saved model"))
+    add_fid(commands.add_parser("fid", help="measure images against data or its statistics"))
     add_reproduce(commands.add_parser("reproduce", help="repeat an experiment of the paper on a model"))
     watching = commands.add_parser("watch", help="show how a training run is doing, until it is complete")
     watching.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")

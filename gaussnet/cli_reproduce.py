@@ -26,17 +26,19 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     for name, experiment in EXPERIMENTS.items():
         summary = (experiment.__doc__ or "").splitlines()[0]
         command = experiments.add_parser(name, help=summary, description=summary)
-        _add_setting(command, experiment.NEEDS_DATA)
+        _add_setting(command, experiment.NEEDS_DATA, getattr(experiment, "DEFAULT_MODEL", None))
         experiment.add_arguments(command)
         command.set_defaults(run=_reproduce)
 
 
-def _add_setting(parser: argparse.ArgumentParser, needs_data: bool) -> None:
+def _add_setting(parser: argparse.ArgumentParser, needs_data: bool, model: str | None) -> None:
     parser.add_argument(
         "--model",
-        required=True,
+        required=model is None,
+        default=model,
         help="a folder of save_pretrained, a hub repository, an EDM snapshot (.pkl), diffusers:PATH, or an "
-        "analytic denoiser: isotropic, gaussian, classes, mixture-K, delta",
+        "analytic denoiser: isotropic, gaussian, classes, mixture-K, delta"
+        + ("" if model is None else f" (default {model})"),
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")

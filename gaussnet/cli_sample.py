@@ -1,6 +1,7 @@
 """`gaussnet sample`: images by seeds, as PNG files or one npz, resumable and shared by processes.
 
 gaussnet sample MODEL --solver unipc --steps 8 --teleport auto --seeds 0-63 --out DIR
+gaussnet sample MODEL --solver dpm_v3 --statistics FILE.safetensors --statistics-from DATA --out DIR
 accelerate launch --no_python gaussnet sample MODEL --seeds 0-49999 --out DIR
 """
 
@@ -16,10 +17,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gaussnet.denoisers import Denoiser, GaussianDenoiser
+from gaussnet.data import open_images
+from gaussnet.denoisers import Denoiser, GaussianDenoiser, GuidedDenoiser
+from gaussnet.experiments.setting import fitting
 from gaussnet.hub import from_pretrained
-from gaussnet.samplers import SOLVERS, karras_sigmas
+from gaussnet.processes import Processes
+from gaussnet.samplers import SOLVERS, ModelStatistics, compute_ems, karras_sigmas, log_snr_sigmas
 from gaussnet.sampling import Jump, choose_jump, one_hot, parse_seeds, sample_seeds
+
+STATISTICS_SAMPLES, STATISTICS_LEVELS = 1024, 60
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +37,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder that save_pretrained wrote, or a hub repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNG files, or a file NAME.npz")
     parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 1,5,9 (default %(default)s)")
-    parser.add_argument(
-        "--solver", choices=sorted(set(SOLVERS) - {"dpm_v3"}), default="heun", help="(default %(default)s)"
-    )
+    parser.add_argument("--solver", choices=sorted(SOLVERS), default="heun", help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=18, help="levels above 0 (default %(default)s)")
     parser.add_argument("--sigma-min", type=float, default=0.002)
     parser.add_argument("--sigma-max", type=float, default=80.0)
@@ -49,6 +53,15 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gaussian", help="a saved Gaussian for teleport, if the model has none of its own")
     parser.add_argument("--classes", help="class of each seed in turn, such as 3 or 0-9")
     parser.add_argument("--guidance", type=float, default=1.0, help="needs --classes (default: none)")
+    parser.add_argument(
+        "--statistics", type=Path, metavar="FILE.safetensors", help="of the model, which dpm_v3 needs"
+    )
+    parser.add_argument(
+        "--statistics-from",
+        metavar="DATA",
+        help="images to compute them from if there is no such file, which is written then: they take "
+        f"{4 * STATISTICS_LEVELS} evaluations of {STATISTICS_SAMPLES} images",
+    )
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default %(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="the first 64 images in one picture")
@@ -57,19 +70,19 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
 
 def run_sample(options: argparse.Namespace) -> None:
     """Samples what is missing."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # Not joined: a share of the seeds is all that they need, and one may end, or fail, before the others.
+    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     seeds = parse_seeds(options.seeds)
     for name in ("steps", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"expected --{name} >= 1, got {getattr(options, name)}")
     single = options.out.suffix == ".npz"
-    if single and world > 1:
-        raise ValueError(f"expected a folder for {world} processes, got {options.out}")
+    if single and processes.world > 1:
+        raise ValueError(f"expected a folder for {processes.world} processes, got {options.out}")
     if (options.out.is_file() and not single) or (single and options.out.is_dir()):
         raise ValueError(f"expected --out to be a folder or NAME.npz, got {options.out}")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    _check_statistics(options)
+    device = processes.device(options.device)
     model = from_pretrained(options.model).to(device).eval()
     _check_images(model)
     sigmas = karras_sigmas(options.steps, options.sigma_min, options.sigma_max, options.rho)
@@ -78,14 +91,17 @@ def run_sample(options: argparse.Namespace) -> None:
     if options.classes is not None:
         known = parse_seeds(options.classes)
         classes = one_hot(model, [known[seed % len(known)] for seed in seeds])
-    left = seeds[rank::world]
-    places = torch.arange(len(seeds))[rank::world]
+    statistics = None
+    if options.statistics is not None:
+        statistics = _statistics(options, model, device)
+    left = seeds[processes.rank :: processes.world]
+    places = torch.arange(len(seeds))[processes.rank :: processes.world]
     if not single:
         options.out.mkdir(parents=True, exist_ok=True)
         missing = [i for i, seed in enumerate(left) if not _file(options.out, seed).is_file()]
         left, places = [left[i] for i in missing], places[missing]
     drawn: dict[int, np.ndarray] = {}
-    bar = tqdm(total=len(left), unit="image", disable=None if rank == 0 else True)
+    bar = tqdm(total=len(left), unit="image", disable=None if processes.first else True)
     batches = sample_seeds(
         model,
         left,
@@ -96,6 +112,7 @@ def run_sample(options: argparse.Namespace) -> None:
         batch_size=options.batch,
         class_labels=None if classes is None else classes[places],
         guidance=options.guidance,
+        statistics=statistics,
     )
     for mine, images in batches:
         for seed, pixels in zip(mine, to_pixels(images), strict=True):
@@ -109,11 +126,11 @@ def run_sample(options: argparse.Namespace) -> None:
         aside = options.out.with_name(options.out.name + ".partial.npz")
         np.savez(aside, images=np.stack([drawn[seed] for seed in seeds]), seeds=np.array(seeds))
         aside.replace(options.out)
-    if options.grid is not None and rank == 0:
+    if options.grid is not None and processes.first:
         shown = [seed for seed in seeds[:64] if seed in drawn or _file(options.out, seed).is_file()]
         tiles = [drawn[seed] if single else np.array(Image.open(_file(options.out, seed))) for seed in shown]
         picture(tiles, options.grid)
-    if rank == 0:
+    if processes.first:
         where = "" if jump is None else f", after a jump to sigma {jump.sigma_skip:.3g}"
         told = f"{len(left)} images of {len(seeds)} seeds by {options.solver} in {options.steps} steps{where}"
         print(f"{told}: {options.out}")
@@ -150,6 +167,57 @@ def _jump(options: argparse.Namespace, model: Denoiser, sigmas: Tensor, device: 
         except ValueError:
             raise ValueError(f"expected --teleport none, auto or a level, got {options.teleport!r}") from None
     return choose_jump(model, gaussian, level, sigmas)
+
+
+def _check_statistics(options: argparse.Namespace) -> None:
+    """Raises an error unless statistics are given where they are needed, and only there."""
+    if options.solver == "dpm_v3" and options.statistics is None:
+        raise ValueError("dpm_v3: expected --statistics FILE.safetensors, got none")
+    if options.solver != "dpm_v3" and options.statistics is not None:
+        raise ValueError(f"expected --statistics with dpm_v3 alone, got it with {options.solver}")
+    if options.statistics_from is not None and options.statistics is None:
+        raise ValueError(
+            "expected --statistics FILE.safetensors to keep what --statistics-from makes, got none"
+        )
+    if options.statistics is not None and options.statistics.suffix != ".safetensors":
+        raise ValueError(f"expected --statistics FILE.safetensors, got {options.statistics}")
+    if options.statistics is not None and not options.statistics.exists() and options.statistics_from is None:
+        raise FileNotFoundError(
+            f"no file {options.statistics}: --statistics-from DATA computes and writes it"
+        )
+
+
+def _statistics(options: argparse.Namespace, model: Denoiser, device: torch.device) -> ModelStatistics:
+    """Those of the file, or of the model at data, which are then kept there.
+
+    They span the levels of the sampler. Of a model that samples with classes they are at data with theirs.
+    """
+    path: Path = options.statistics
+    if path.exists():
+        return ModelStatistics.load(path)
+    data = fitting(open_images(options.statistics_from), tuple(model.event_shape))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(data), generator=generator)[:STATISTICS_SAMPLES]
+    images, labels = data[chosen]
+    classes = None
+    if options.classes is not None:
+        if data.labels is None:
+            raise ValueError(f"--classes: expected class labels in {data.name}, for the statistics, got none")
+        classes = one_hot(model, labels.tolist()).to(device)
+    statistics = compute_ems(
+        model if options.guidance == 1 else GuidedDenoiser(model, model, options.guidance),
+        data.to_float(images).to(device),
+        log_snr_sigmas(STATISTICS_LEVELS, options.sigma_min, options.sigma_max),
+        n=STATISTICS_SAMPLES,
+        batch_size=options.batch,
+        generator=generator,
+        class_labels=classes,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    statistics.save(aside)
+    aside.replace(path)
+    return statistics
 
 
 def _check_images(model: Denoiser) -> None:

@@ -4,7 +4,8 @@
     for seeds, images in sample_seeds(model, range(64), sigmas, solver="unipc", jump=choose_jump(model)): ...
 
 `Jump` says where teleport starts a run: a Gaussian and the level. `choose_jump` takes both from the model, if
-it has a gate, or measures the level on it.
+it has a gate, or measures the level on it. A stochastic solver goes on with the generator that drew the noise
+of a seed, image by image.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GuidedDenoiser
 from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.precond import BypassPrecond, EDMPrecond
-from gaussnet.samplers import SOLVERS, find_sigma_skip, karras_sigmas, teleport
+from gaussnet.samplers import SOLVERS, ModelStatistics, find_sigma_skip, karras_sigmas, teleport
 
 GATE_TOL = 0.1  # of the gate; of the share of e(s)^2 its square
 
@@ -93,8 +94,7 @@ def choose_jump(
 
 def noise_of(seeds: Sequence[int], event_shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise (n, *event_shape), float32, on the CPU, from one generator a seed."""
-    draws = [torch.randn(event_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws)
+    return torch.stack([torch.randn(event_shape, generator=_generator(seed)) for seed in seeds])
 
 
 @torch.no_grad()
@@ -109,6 +109,7 @@ def sample_seeds(
     batch_size: int = 64,
     class_labels: Tensor | None = None,
     guidance: float = 1.0,
+    statistics: ModelStatistics | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Images of seeds, batch by batch.
 
@@ -119,15 +120,18 @@ def sample_seeds(
         solver: a name of `SOLVERS`.
         jump: where teleport takes the noise first.
         regrid: whether a jump keeps the number of steps, on a new grid, or drops those before its level.
-        batch_size: images at a time; it does not change them.
+        batch_size: images at a time; it does not change them. One at a time where the solver is stochastic.
         class_labels: integers (n,) or one-hot rows (n, classes), one a seed.
         guidance: weight of the conditional denoiser over the unconditional one; 1 is no guidance.
+        statistics: of the (guided) denoiser, for dpm_v3, from `compute_ems`. A jump's history is used as far
+            as they reach.
 
     Yields:
         Seeds of the batch, and images (b, *event_shape), float32.
 
     Raises:
-        ValueError: if the solver is unknown, labels do not fit the seeds, or guidance has no labels.
+        ValueError: if the solver is unknown, labels do not fit the seeds, guidance has no labels,
+            statistics are given to a solver that takes none, or an image is not finite.
     """
     if solver not in SOLVERS:
         raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}, got {solver!r}")
@@ -136,23 +140,41 @@ def sample_seeds(
     if guidance != 1 and class_labels is None:
         raise ValueError(f"expected class_labels for guidance={guidance}, got None")
     method: Any = SOLVERS[solver]
-    denoiser = model
-    if guidance != 1:
-        denoiser = GuidedDenoiser(model, model, guidance)
-    multistep = "history" in inspect.signature(method).parameters
+    takes = set(inspect.signature(method).parameters)
+    if statistics is not None and "statistics" not in takes:
+        raise ValueError(f"expected statistics for dpm_v3 alone, got some for {solver}")
+    fixed = {} if statistics is None else {"statistics": statistics}
+    highest = float("inf") if statistics is None else float(statistics.sigmas[-1])
+    denoiser = model if guidance == 1 else GuidedDenoiser(model, model, guidance)
+    event_shape = tuple(model.event_shape)
     device = next((t.device for part in (model.parameters(), model.buffers()) for t in part), None)
+    if "generator" in takes:
+        batch_size = 1
     for start in range(0, len(seeds), batch_size):
         mine = list(seeds[start : start + batch_size])
         labels = None if class_labels is None else class_labels[start : start + batch_size].to(device)
-        x = (float(sigmas[0]) * noise_of(mine, tuple(model.event_shape))).to(device)
-        grid, options = sigmas, dict[str, Any]()
+        options = dict[str, Any](fixed)
+        if "generator" in takes:
+            options["generator"] = _generator(mine[0])
+            noise = torch.randn(1, *event_shape, generator=options["generator"])
+        else:
+            noise = noise_of(mine, event_shape)
+        x, grid = (float(sigmas[0]) * noise).to(device), sigmas
         if jump is not None and jump.sigma_skip < float(sigmas[0]):
             steps = len(sigmas) - 1 if regrid else None
             x, grid, history = teleport(
                 jump.gaussian, x, sigmas, sigma_skip=jump.sigma_skip, steps=steps, return_history=True
             )
-            options = {"history": history} if multistep else {}
-        yield mine, method(denoiser, x, grid, class_labels=labels, **options).float()
+            if "history" in takes:
+                options["history"] = [entry for entry in history if entry[0] <= highest]
+        images = method(denoiser, x, grid, class_labels=labels, **options).float()
+        good = images.flatten(1).isfinite().all(1).tolist()
+        if not all(good):
+            seed = mine[good.index(False)]
+            raise ValueError(
+                f"expected finite images, got NaN or infinite values by {solver} for seed {seed}"
+            )
+        yield mine, images
 
 
 def one_hot(model: Denoiser, classes: Sequence[int]) -> Tensor:
@@ -169,3 +191,7 @@ def one_hot(model: Denoiser, classes: Sequence[int]) -> Tensor:
         got = sorted(set(classes))
         raise ValueError(f"expected classes in [0, {label_dim}), those of the network, got {got}")
     return torch.nn.functional.one_hot(index, int(label_dim)).float()
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -463,6 +463,80 @@ def test_pipeline_of_a_gaussian_ends_where_the_whole_one_does(name: str) -> None
     assert relative_error(2 * skipped - 1, exact) < 0.15, "what 60 steps of the scheduler miss, or more"
 
 
+LATENT = (4, 4, 4)
+
+
+@cache
+def decoder() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=8,
+        ).eval()
+
+
+class WithVae(diffusers.DiffusionPipeline):
+    """A pipeline of latents whose decoder has the name that most have."""
+
+    def __init__(self, vae: Any, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_pipeline_of_latents(output_type: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    axes = torch.linalg.qr(torch.randn(64, 8, generator=generator))[0]
+    base = GaussianDenoiser(torch.zeros(LATENT), Covariance(axes, torch.logspace(0.5, -1, 8), tail=0.05))
+    scheduler = scheduler_of("ddim")
+    pipeline = diffusers.LDMPipeline(decoder(), GaussnetUNet(base, scheduler), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"batch_size": 2, "num_inference_steps": 40, "output_type": output_type}
+    expected = pipeline(generator=torch.Generator().manual_seed(4), **call).images
+    whole, skipped = (
+        teleport_pipeline(
+            pipeline, base, generator=torch.Generator().manual_seed(4), skip=skip, **call
+        ).images
+        for skip in (0, 12)
+    )
+    if output_type == "pil":
+        assert [image.tobytes() for image in whole] == [image.tobytes() for image in expected]
+    else:
+        assert (whole == expected).all()
+        assert whole.shape == (2, 8, 8, 3)
+        assert 0 < abs(skipped - whole).max() < 0.01 < whole.std()
+    other = teleport_pipeline(
+        WithVae(decoder(), pipeline.unet, scheduler),
+        base,
+        generator=torch.Generator().manual_seed(4),
+        skip=0,
+        **call,
+    )
+    if output_type == "np":
+        assert (other.images == whole).all()
+
+
+@pytest.mark.parametrize("name", ["dpm", "euler"])
+def test_a_pipeline_that_sets_the_timesteps_goes_on(name: str) -> None:
+    scheduler = scheduler_of(name)
+    unet = GaussnetUNet(gaussian(), scheduler)
+    x, timesteps = teleport_scheduler(scheduler, gaussian(), None, 20, skip=7, batch_size=3)
+    expected = run(scheduler, unet, x, timesteps)
+    scheduler.set_timesteps(timesteps=timesteps.tolist())
+    latents = x / scheduler.init_noise_sigma
+    other = scheduler_of(name)  # what StableDiffusionPipeline does with latents and timesteps
+    other.set_timesteps(timesteps=timesteps.tolist())
+    assert (
+        relative_error(run(other, unet, latents * other.init_noise_sigma, other.timesteps), expected) < 1e-9
+    )
+
+
 def spectrum(scale: float) -> tuple[Tensor, Tensor]:
     covariance = gaussian().covariance
     assert isinstance(covariance, Covariance)

@@ -18,21 +18,24 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    cli_sample,
     count_nfe,
     heun,
     karras_sigmas,
+    open_images,
     teleport,
 )
 from gaussnet.cli import main
+from gaussnet.samplers import ModelStatistics, compute_ems, dpm_v3, edm_stochastic, log_snr_sigmas
 from gaussnet.sampling import Jump, choose_jump, noise_of, one_hot, parse_seeds, sample_seeds
 
 GRID = karras_sigmas(6)
 GATE = Gate(torch.tensor([0.5, 4.0, 16.0]), torch.tensor([1.0, 0.2, 0.001]))
 
 
-def model(**changes: Any) -> BypassPrecond:
+def model(awake: bool = True, **changes: Any) -> BypassPrecond:
     gaussian = denoiser("gaussian-full", torch.float32)
-    return BypassPrecond(tiny_unet(in_channels=2, **changes), gaussian, GATE).eval()
+    return BypassPrecond(tiny_unet(awake, in_channels=2, **changes), gaussian, GATE).eval()
 
 
 def drawn(denoiser: Any, seeds: Any, **options: Any) -> torch.Tensor:
@@ -52,7 +55,7 @@ def test_impossible_seeds(text: str) -> None:
         parse_seeds(text)
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "unipc", "edm_stochastic"])
 def test_a_seed_is_an_image_whatever_the_batch(solver: str) -> None:
     options = {"solver": solver, "jump": choose_jump(model())}
     whole = drawn(model(), range(7), **options)
@@ -61,6 +64,13 @@ def test_a_seed_is_an_image_whatever_the_batch(solver: str) -> None:
         assert relative_error(parts, whole) < 1e-5
     assert relative_error(drawn(model(), [5, 2], **options), whole[[5, 2]]) < 1e-5
     assert whole.shape == (7, *EVENT)
+
+
+def test_stochastic_solvers_go_on_with_the_generator_of_the_seed() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = 80 * torch.randn(1, *EVENT, generator=generator)
+    expected = edm_stochastic(model(), x, GRID, generator=generator)
+    assert relative_error(drawn(model(), [5, 3], solver="edm_stochastic")[1:], expected) < 1e-6
 
 
 def test_without_a_jump_it_is_the_solver() -> None:
@@ -77,6 +87,43 @@ def test_a_jump_is_teleport(regrid: bool) -> None:
     with count_nfe(net) as nfe:
         assert torch.equal(drawn(net, [3, 4], jump=jump, regrid=regrid), expected)
     assert nfe() == (11 if regrid else 2 * int((GRID[:-1] < 6).sum()) + 1)
+
+
+def statistics(top: float = 80.0) -> ModelStatistics:
+    sigmas = log_snr_sigmas(12, 0.002, top)[:-1].flip(0)
+    shape = (12, 1, 1, 1)
+    l, s, b = (torch.linspace(*ends, 12, dtype=torch.float64).reshape(shape) for ends in ENDS)  # noqa: E741
+    return ModelStatistics(sigmas, l, s, b)
+
+
+ENDS = ((1.0, 0.5), (-0.1, 0.2), (0.0, 0.1))
+
+
+def test_dpm_v3_gets_its_statistics() -> None:
+    x = 80 * noise_of([3, 4], EVENT)
+    found = drawn(model(), [3, 4], solver="dpm_v3", statistics=statistics())
+    assert torch.equal(found, dpm_v3(model(), x, GRID, statistics=statistics()))
+    assert not torch.equal(found, drawn(model(), [3, 4], solver="dpmpp_2m"))
+    with pytest.raises(ValueError, match="expected statistics of the denoiser"):
+        drawn(model(), [3], solver="dpm_v3")
+    with pytest.raises(ValueError, match="statistics for dpm_v3 alone, got some for heun"):
+        drawn(model(), [3], statistics=statistics())
+
+
+@pytest.mark.parametrize("level", [3.0, 30.0])
+def test_a_history_reaches_as_far_as_the_statistics(level: float) -> None:
+    jump = Jump(denoiser("gaussian-full", torch.float32), level)
+    x = 80 * noise_of([3, 4], EVENT)
+    moved, grid, history = teleport(
+        jump.gaussian, x, GRID, sigma_skip=level, steps=len(GRID) - 1, return_history=True
+    )
+    known = [entry for entry in history if entry[0] <= 80]
+    assert 0 < len(known) < len(history) or level < 10
+    expected = dpm_v3(model(), moved, grid, statistics=statistics(), history=known)
+    assert torch.equal(drawn(model(), [3, 4], solver="dpm_v3", statistics=statistics(), jump=jump), expected)
+    whole = drawn(model(), [3, 4], solver="dpm_v3", statistics=statistics(level), jump=jump)
+    sliced = dpm_v3(model(), moved, grid, statistics=statistics(level))
+    assert torch.equal(whole, sliced), "statistics that end at the level of the jump serve, without history"
 
 
 def test_the_jump_is_chosen_by_the_gate_or_the_model() -> None:
@@ -107,6 +154,13 @@ def test_classes_and_guidance() -> None:
         one_hot(net, [4])
     mixture = GaussianMixtureDenoiser.fit(train_digits(), 3)
     assert one_hot(mixture, [7, 2]).tolist() == [7, 2]
+
+
+def test_images_that_are_not_finite_are_an_error() -> None:
+    wild = GaussianDenoiser.isotropic(torch.zeros(EVENT), 1.0)
+    wild.mean.fill_(float("inf"))
+    with pytest.raises(ValueError, match="finite images, got NaN or infinite values by heun for seed 5"):
+        drawn(wild, [5, 2])
 
 
 def test_impossible_arguments() -> None:
@@ -175,9 +229,90 @@ def test_two_processes_share_the_seeds(saved: Path, tmp_path: Path, monkeypatch:
     assert main(arguments(saved, tmp_path / "all.npz")) == 2
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics at fewer levels, of fewer samples."""
+    monkeypatch.setattr(cli_sample, "STATISTICS_LEVELS", 12)
+    monkeypatch.setattr(cli_sample, "STATISTICS_SAMPLES", 24)
+
+
+@pytest.fixture
+def smooth(tmp_path: Path) -> Path:
+    """A model whose network is not trained yet: with statistics that few levels resolve."""
+    model(awake=False, label_dim=4).save_pretrained(tmp_path / "smooth")
+    return tmp_path / "smooth"
+
+
+@pytest.mark.usefixtures("few")
+def test_statistics_are_computed_once(smooth: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    file = tmp_path / "new" / "s.safetensors"
+    options = ["--solver", "dpm_v3", "--teleport", "6", "--statistics", str(file)]
+    assert main(arguments(smooth, tmp_path / "a.npz", *options)) == 2
+    assert "s.safetensors: --statistics-from DATA computes and writes it" in capsys.readouterr().err
+    made: list[Any] = []
+
+    def spy(*arguments: Any, **others: Any) -> ModelStatistics:
+        made.append((arguments, others, compute_ems(*arguments, **others)))
+        return made[-1][2]
+
+    monkeypatch.setattr(cli_sample, "compute_ems", spy)
+    assert main(arguments(smooth, tmp_path / "a.npz", *options, "--statistics-from", "digits")) == 0
+    assert "by dpm_v3 in 4 steps, after a jump to sigma 6" in capsys.readouterr().out
+    assert [path.name for path in file.parent.iterdir()] == ["s.safetensors"]
+    net, found = model(awake=False, label_dim=4), ModelStatistics.load(file)
+    ((given, data, sigmas), others, expected) = made[0]
+    assert relative_error(given(data, 1.0), net(data, 1.0)) < 1e-6
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[:24]
+    assert data.equal(open_images("digits").tensor()[order])
+    assert sigmas.equal(log_snr_sigmas(12))
+    assert (others["n"], others["class_labels"]) == (24, None)
+    for name in ("sigmas", "l", "s", "b"):
+        assert getattr(found, name).equal(getattr(expected, name)), name
+    monkeypatch.setattr(cli_sample, "compute_ems", None)
+    assert main(arguments(smooth, tmp_path / "b.npz", *options, "--statistics-from", "digits")) == 0
+    assert main(arguments(smooth, tmp_path / "c.npz", *options)) == 0
+    images = [np.load(tmp_path / f"{name}.npz")["images"] for name in "abc"]
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+    with torch.no_grad():
+        jump = choose_jump(net, sigma_skip=6.0)
+        whole = sample_seeds(net, range(6), karras_sigmas(4), solver="dpm_v3", jump=jump, statistics=found)
+        pixels = cli_sample.to_pixels(torch.cat([part for _, part in whole]))
+    assert np.abs(images[0].astype(int) - np.stack(pixels)).max() <= 1
+
+
+@pytest.mark.usefixtures("few")
+def test_statistics_are_those_of_the_guided_model(smooth: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    seen: list[Any] = []
+
+    def spy(denoiser: Any, data: torch.Tensor, sigmas: torch.Tensor, **options: Any) -> ModelStatistics:
+        seen.append((type(denoiser).__name__, options["class_labels"]))
+        assert len(data) == 24
+        return statistics()
+
+    monkeypatch.setattr(cli_sample, "compute_ems", spy)
+    labels, images = np.arange(30) % 4, (train_digits()[:30, 0] * 127.5 + 127.5).byte().numpy()
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    options = ["--solver", "dpm_v3", "--classes", "0-3", "--guidance", "2"]
+    options += ["--statistics-from", str(tmp_path / "data.npz")]
+    for name, others in (("guided", options), ("plain", [*options, "--guidance", "1"])):
+        file = ["--statistics", str(tmp_path / f"{name}.safetensors")]
+        assert main(arguments(smooth, tmp_path / f"{name}.npz", *others, *file)) == 0
+    assert [name for name, _ in seen] == ["GuidedDenoiser", "BypassPrecond"]
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:24]
+    assert seen[0][1].argmax(1).tolist() == labels[order.numpy()].tolist()
+    np.savez(tmp_path / "bare.npz", images=images)
+    bare = ["--statistics-from", str(tmp_path / "bare.npz"), "--statistics", str(tmp_path / "x.safetensors")]
+    assert main(arguments(smooth, tmp_path / "x.npz", *options, *bare)) == 2
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [
+        (["--solver", "dpm_v3"], "dpm_v3: expected --statistics FILE.safetensors, got none"),
+        (["--statistics", "s.safetensors"], "expected --statistics with dpm_v3 alone, got it with heun"),
+        (["--statistics-from", "digits"], "to keep what --statistics-from makes, got none"),
+        (["--solver", "dpm_v3", "--statistics", "s.npz"], "--statistics FILE.safetensors, got s.npz"),
         (["--seeds", "5-2"], "ranges of seeds to increase"),
         (["--teleport", "far"], "--teleport none, auto or a level, got 'far'"),
         (["--classes", "9"], "classes in [0, 4)"),

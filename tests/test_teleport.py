@@ -1,6 +1,7 @@
 """Teleport: the closed-form jump to a later step of the grid."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from gaussnet import (
     teleport,
     warm_start,
 )
-from gaussnet.samplers import flow_of, runge_kutta
+from gaussnet.samplers import flow_of, runge_kutta, teleport_cost
 from gaussnet.samplers.choosing import table
 
 GRID = karras_sigmas(18)
@@ -177,6 +178,22 @@ def test_every_multistep_solver_goes_on_from_the_history(solver: str) -> None:
     assert errors[1] < errors[0] / 2 < 1, errors
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "lms", "dpmpp_2m", "dpm_fast", "dpm_adaptive"])
+def test_samplers_of_k_diffusion_go_on(name: str, dtype: torch.dtype) -> None:
+    sampling: Any = pytest.importorskip("k_diffusion.sampling", exc_type=ImportError)
+    m, labels = denoiser("mixture-classes", dtype), torch.arange(4)
+    x = (80 * randn(4, 1, 8, 8)).to(dtype)
+    moved, rest = teleport(m, x, GRID, sigma_skip=8.0, steps=40, class_labels=labels)
+    ends = {"dpm_fast": (0.002, 8.0, 60), "dpm_adaptive": (0.002, 8.0)}
+    end = getattr(sampling, f"sample_{name}")(
+        m, moved, *ends.get(name, (rest.to(dtype),)), extra_args={"class_labels": labels}, disable=True
+    )
+    exact = flow_of(m, labels)(x.double(), 80.0, 0.002)
+    assert end.dtype == dtype
+    assert relative_error(end, exact) < 0.05
+
+
 # The gate chooses ---------------------------------------------------------------------------------
 
 
@@ -298,3 +315,47 @@ def test_finds_the_last_level_where_the_model_is_its_gaussian(measure: Any) -> N
     other = GaussianDenoiser(g.mean + 1, g.covariance)
     with pytest.raises(ValueError, match=r"deviation <= 0.001 at the first level, sigma = 57.586, got "):
         find_sigma_skip(other, g, x, GRID, 1e-3, measure=measure)
+
+
+# Costs --------------------------------------------------------------------------------------------
+
+
+class Slow(torch.nn.Module):
+    """A model whose evaluation takes 20 ms, and that keeps what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def forward(self, x: Any, sigma: Any, class_labels: Any = None) -> Any:
+        time.sleep(0.02)
+        self.seen.append((x, sigma, class_labels))
+        return x
+
+
+class Slower(GaussianDenoiser):
+    """A Gaussian whose flow takes 60 ms."""
+
+    def flow(self, x: Any, sigma_from: Any, sigma_to: Any) -> Any:
+        time.sleep(0.06)
+        return super().flow(x, sigma_from, sigma_to)
+
+
+def test_costs_are_in_evaluations_of_the_model() -> None:
+    g, model = gaussian("full"), Slow()
+    x = 80 * randn(3, *g.event_shape)
+    slower = Slower(g.mean, g.covariance)
+    cost = teleport_cost(slower, model, x, GRID, 8.0, repeats=3)
+    assert 2 < cost.evaluations < 4.5, cost
+    assert 0.02 <= cost.evaluation_seconds < 0.06 <= cost.jump_seconds < 0.2
+    assert len(model.seen) == 4, "each turn, and one before"
+    seen, sigma, _ = model.seen[-1]
+    assert seen.equal(g.flow(x, 80.0, 8.0))
+    assert sigma.tolist() == [8.0] * 3
+    mixture, labels = denoiser("mixture-classes"), torch.arange(3)
+    whole = teleport_cost(mixture, model, 80 * randn(3, 1, 8, 8), GRID, 8.0, class_labels=labels, repeats=1)
+    assert whole.evaluations == pytest.approx(whole.jump_seconds / whole.evaluation_seconds)
+    assert model.seen[-1][2] is labels
+    assert teleport_cost(g, model, x, GRID, 8.0).evaluations < 1
+    with pytest.raises(ValueError, match="repeats >= 1, got 0"):
+        teleport_cost(g, model, x, GRID, 8.0, repeats=0)

@@ -533,7 +533,7 @@ def test_errors_along_all_axes_are_the_whole_error(tmp_path: Path) -> None:
     whole = {
         (r["step"], r["weights"], r["sigma"]): float(r["error"]) for r in read_csv(tmp_path / "heldout.csv")
     }
-    bands: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    bands: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in read_csv(tmp_path / "modes.csv"):
         bands.setdefault((row["step"], row["weights"], row["sigma"]), []).append(row)
     assert bands.keys() == whole.keys()

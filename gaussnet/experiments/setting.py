@@ -35,6 +35,14 @@ from gaussnet.edm_import import import_edm
 from gaussnet.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained
 
 ANALYTIC = ("isotropic", "point", "gaussian", "classes", "mixture-K", "mixture-KrR", "delta")
+_MODEL_FILES = (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    "model_index.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "scheduler/scheduler_config.json",
+)
 _MIXTURE = re.compile(r"mixture-(\d+)(?:r(\d+))?")
 
 
@@ -73,15 +81,18 @@ class Setting:
         for name in ("fit_images", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        saved = None if is_analytic(self.model_name) else load_model(self.model_name)
         if self.data is not None:
-            if saved is not None:
-                self.data = fitting(self.data, tuple(saved.event_shape))
+            if self._saved is not None:
+                self.data = fitting(self.data, tuple(self._saved.event_shape))
             if not 0 <= self.heldout <= len(self.data) - 2:
                 raise ValueError(
                     f"expected 0 <= heldout <= {len(self.data) - 2}, the images but two, got {self.heldout}"
                 )
-        self._saved = saved
+
+    @cached_property
+    def _saved(self) -> Denoiser | None:
+        """The model, unless it is analytic; a run that is still going has none, and may need none."""
+        return None if is_analytic(self.model_name) else load_model(self.model_name)
 
     @cached_property
     def model(self) -> Denoiser:
@@ -216,11 +227,14 @@ def load_model(name: str) -> Denoiser:
         ValueError: if it cannot be read.
     """
     if name.startswith("diffusers:"):
-        import diffusers  # pyright: ignore[reportMissingImports]
+        from gaussnet.integrations.diffusers_models import DiffusersDenoiser, diffusers
 
-        from gaussnet.integrations.diffusers_models import DiffusersDenoiser
-
-        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(name.removeprefix("diffusers:"))
+        path = name.removeprefix("diffusers:")
+        if Path(path).is_absolute() and not Path(path, "model_index.json").is_file():
+            raise FileNotFoundError(f"expected a pipeline of diffusers, got no model_index.json in {path}")
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(path)
+        if "unet" not in pipeline.components:
+            raise ValueError(f"expected a pipeline with a unet, got {type(pipeline).__name__} in {path}")
         return DiffusersDenoiser(pipeline.unet, pipeline.scheduler)
     if name.endswith(".pkl"):
         return import_edm(name)
@@ -230,7 +244,7 @@ def load_model(name: str) -> Denoiser:
 def fingerprint(name: str) -> dict[str, Any]:
     """What tells one model from another of the same name: the sizes and times of its files."""
     path = Path(name.removeprefix("diffusers:"))
-    files = [path] if path.is_file() else [path / file for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    files = [path] if path.is_file() else [path / file for file in _MODEL_FILES]
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return {"name": name, "files": stamps}
 

@@ -10,7 +10,19 @@ The states of a scheduler are alpha_t x, where x and the level s are those of
 | EulerDiscrete, EDMEuler, EDMDPMSolverMultistep | sigmas            | 1                                    |
 
 and Eq. 18 of arXiv 2412.09726 moves them. The grid stays as it is, and the scheduler begins later on it:
-`init_noise_sigma` belongs to the first of its states alone. Written against diffusers 0.42.
+`init_noise_sigma` belongs to the first of its states alone.
+
+Latents are data like any other: fit the Gaussian to what the network denoises, such as
+`vae.config.scaling_factor * vae.encode(images).latent_dist.sample()`, and its event shape is (4, H/8, W/8).
+Pipelines that set the timesteps themselves, such as StableDiffusionPipeline, go on from a jump where their
+scheduler takes custom ones (DPMSolverMultistep, EulerDiscrete without Karras' grid):
+
+    x, timesteps = teleport_scheduler(pipe.scheduler, gaussian, None, 20, skip=6, batch_size=1)
+    pipe.scheduler.set_timesteps(timesteps=timesteps.tolist())
+    pipe(prompt, latents=x / pipe.scheduler.init_noise_sigma, timesteps=timesteps.tolist())
+
+With guidance the Gaussian's flow is that of the unguided model, right at high noise where the two agree.
+Written against diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -166,13 +178,14 @@ def teleport_pipeline(
     output_type: str = "pil",
     **step_arguments: Any,
 ) -> Any:
-    """Runs an unconditional pipeline of pixels with the first steps teleported.
+    """Runs an unconditional pipeline of pixels or latents with the first steps teleported.
 
     With skip=0 these are the images of the pipeline itself, bit for bit.
 
     Args:
-        pipeline: with a `unet` and a `scheduler`, such as DDIMPipeline or DDPMPipeline.
-        gaussian: fitted to the data of the unet, in [-1, 1].
+        pipeline: with a `unet` and a `scheduler`, such as DDIMPipeline or DDPMPipeline; and with a `vqvae` or
+            `vae`, such as LDMPipeline, that decodes the latents over its scaling_factor.
+        gaussian: fitted to the data of the unet: images in [-1, 1], or latents times the scaling_factor.
         batch_size: number of images.
         num_inference_steps: of the whole grid.
         skip: as in `teleport_scheduler`.
@@ -202,6 +215,9 @@ def teleport_pipeline(
     for t in pipeline.progress_bar(timesteps):
         output = unet(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(output, t, x, **step_arguments).prev_sample
+    decoder = getattr(pipeline, "vqvae", getattr(pipeline, "vae", None))
+    if decoder is not None:
+        x = decoder.decode(x / decoder.config.scaling_factor).sample
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type != "pt":
         images = images.cpu().permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""Figures of a training run: its probes, its loss, its samples. Each is saved, and closed."""
+"""Figures of a training run: its probes, its loss, its samples. Each is saved, and closed, but for panels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.plots.style import DPI, pyplot
 from gaussnet.plots.style import colours as colours_of
-from gaussnet.plots.style import pyplot
 from gaussnet.probes import minima
 
 
@@ -22,6 +22,26 @@ def learning_dynamics(
     weights: str = "ema",
     kind: str = "noised",
 ) -> None:
+    """Saves the figure of `dynamics_panels`; arguments and errors as there.
+
+    Args:
+        rows: of a run's probes.csv.
+        path: of the picture.
+        quantity: "score" or "denoiser".
+        weights: "ema" or "raw".
+        kind: the queries: "noised" (data) or "noise".
+    """
+    figure = dynamics_panels(rows, quantity, weights, kind)
+    figure.savefig(path, dpi=DPI)
+    pyplot().close(figure)
+
+
+def dynamics_panels(
+    rows: Iterable[Mapping[str, Any]],
+    quantity: str = "score",
+    weights: str = "ema",
+    kind: str = "noised",
+) -> Any:
     """Draws how a network's score approaches and leaves the analytic ones while it learns.
 
     One panel a noise level, one line a reference: the mean unexplained variance over training steps, as in
@@ -30,10 +50,12 @@ def learning_dynamics(
 
     Args:
         rows: of a run's probes.csv: step, weights, sigma, queries, reference, quantity, mean.
-        path: of the picture.
         quantity: "score" or "denoiser".
         weights: "ema" or "raw".
         kind: the queries: "noised" (data) or "noise".
+
+    Returns:
+        The figure, not saved.
 
     Raises:
         ValueError: if no row has this quantity, these weights and this kind of queries.
@@ -95,8 +117,7 @@ def learning_dynamics(
     )
     queries = {"noised": "noised data", "noise": "noise"}.get(kind, kind)
     figure.suptitle(f"What analytic denoisers leave unexplained of the network's {quantity}, at {queries}")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -124,7 +145,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     below.set(xlabel="training step", ylabel="images per second", ylim=(0, 1.1 * max(speeds)))
     for axis in (above, below):
         axis.grid(alpha=0.25, which="major")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
@@ -153,5 +174,5 @@ def image_rows(rows: Mapping[str, Tensor], path: str | Path, columns: int = 12) 
         axis.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)

@@ -1,9 +1,11 @@
 """Sampling: noise levels, solvers as plain functions, and the closed-form jump past their first steps."""
 
 from gaussnet.samplers.adams import deis, ipndm, pndm
-from gaussnet.samplers.choosing import Skip, find_sigma_skip
-from gaussnet.samplers.dpm_v3 import ModelStatistics, compute_ems, dpm_v3
+from gaussnet.samplers.choosing import Skip, TeleportCost, find_sigma_skip, teleport_cost
+from gaussnet.samplers.dpm_v3 import dpm_v3
 from gaussnet.samplers.exponential import dpmpp_2m, dpmpp_3m, unipc
+from gaussnet.samplers.inpainting import inpainting_start
+from gaussnet.samplers.model_statistics import ModelStatistics, compute_ems
 from gaussnet.samplers.optimised import optimised_sigmas
 from gaussnet.samplers.reference import dop853
 from gaussnet.samplers.schedules import karras_sigmas, log_snr_sigmas, rounded_sigmas, vp_sigmas
@@ -35,6 +37,7 @@ __all__ = [
     "ModelStatistics",
     "Skip",
     "Solver",
+    "TeleportCost",
     "afs",
     "compute_ems",
     "count_nfe",
@@ -50,6 +53,7 @@ __all__ = [
     "find_sigma_skip",
     "flow_of",
     "heun",
+    "inpainting_start",
     "ipndm",
     "karras_sigmas",
     "log_snr_sigmas",
@@ -58,6 +62,7 @@ __all__ = [
     "rounded_sigmas",
     "runge_kutta",
     "teleport",
+    "teleport_cost",
     "unipc",
     "vp_sigmas",
     "warm_start",

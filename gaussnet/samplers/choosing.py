@@ -1,4 +1,6 @@
-"""How far to teleport, measured on a model: the lowest level down to which the Gaussian can stand in for it.
+"""How far to teleport, and what it costs, measured on a model.
+
+How far is the lowest level down to which the Gaussian can stand in for the model.
 
 Two measures, each at the levels of a grid, on the trajectories that the Gaussian makes of the given states:
 
@@ -10,13 +12,15 @@ Two measures, each at the levels of a grid, on the trajectories that the Gaussia
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gaussnet.denoisers import GaussianDenoiser
+from gaussnet.denoisers import Denoiser, GaussianDenoiser
 from gaussnet.samplers.schedules import check_sigmas
 from gaussnet.samplers.solvers import heun
 from gaussnet.samplers.stepping import Solver, count_nfe
@@ -101,6 +105,75 @@ def find_sigma_skip(
             f"got {got:.3g}: the Gaussian stands in for this model nowhere on the grid"
         )
     return Skip(good[-1].sigma, good[-1].skip, rows)
+
+
+class TeleportCost(NamedTuple):
+    """What a jump takes: in evaluations of the model, and both in seconds."""
+
+    evaluations: float
+    jump_seconds: float
+    evaluation_seconds: float
+
+
+@torch.no_grad()
+def teleport_cost(
+    analytic: Denoiser,
+    model: nn.Module,
+    x: Tensor,
+    sigmas: Tensor,
+    sigma_skip: float,
+    *,
+    class_labels: Tensor | None = None,
+    repeats: int = 5,
+) -> TeleportCost:
+    """The time of a jump, in evaluations of the model on the same batch.
+
+    A fair count of evaluations of a sampler that begins with the jump has these added. Both are timed in
+    turns within this process, and the result is the median of the ratios; both ran once before.
+
+    Args:
+        analytic: what teleport takes, such as a Gaussian or a mixture.
+        model: the denoiser that goes on from there.
+        x: states at sigmas[0], (B, *event_shape): costs depend on the size of the batch.
+        sigmas: decreasing levels that end in 0.
+        sigma_skip: the level of the jump, where the model is evaluated, too.
+        class_labels: handed to both.
+        repeats: number of turns.
+
+    Returns:
+        The costs; the seconds are medians.
+
+    Raises:
+        ValueError: if repeats < 1, or as in `teleport`.
+    """
+    if repeats < 1:
+        raise ValueError(f"expected repeats >= 1, got {repeats}")
+    level = torch.full(x.shape[:1], sigma_skip, dtype=torch.promote_types(x.dtype, torch.float32)).to(
+        x.device
+    )
+    moved, _ = teleport(analytic, x, sigmas, sigma_skip=sigma_skip, class_labels=class_labels)
+
+    def jump() -> None:
+        teleport(analytic, x, sigmas, sigma_skip=sigma_skip, class_labels=class_labels)
+
+    def evaluate() -> None:
+        model(moved, level) if class_labels is None else model(moved, level, class_labels=class_labels)
+
+    evaluate()
+    pairs = [(_seconds(jump, x.device), _seconds(evaluate, x.device)) for _ in range(repeats)]
+    jumps, evaluations = zip(*pairs, strict=True)
+    return TeleportCost(
+        statistics.median(a / b for a, b in pairs), statistics.median(jumps), statistics.median(evaluations)
+    )
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    """The time of a call, with the work that it leaves to an accelerator."""
+    begin = time.perf_counter()
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _evaluations(solver: Solver, gaussian: GaussianDenoiser, x: Tensor, sigmas: Tensor) -> int:

@@ -1,22 +1,18 @@
 """DPM-Solver-v3: an exponential integrator with statistics of the model in its coefficients.
 
-In lambda = -log sigma the ODE is dx/dlambda = D - x. For any l(lambda) it is dx/dlambda = -l x - f, with
+A step interpolates g of `gaussnet.samplers.model_statistics`, what the statistics leave unexplained of the
+model, by a polynomial in lambda = -log sigma through levels that were passed already. Whatever the statistics
+are, solutions converge to those of the ODE, at the order of the solver.
 
-    f(x, lambda) = (1 - l) x - D(x, sigma),
+The method is that of the authors' code, with their options under other names:
 
-and for any s(lambda) and b(lambda), g_s(lambda) = e^(-S) f - B is what they leave unexplained of f along a
-trajectory, dg/dlambda = e^(-S) (df/dlambda - s f - b), where from the start of the step to lambda
+    p_pseudo = pseudo,    use_corrector = corrector != "none",    c_pseudo = corrector == "pseudo".
 
-    L = int l,        S = int s,        B = int e^(-S) b        (all of them pixel by pixel),
-    x' = e^(-L') [x - int e^(L + S) (g + B) dlambda]        exactly.
-
-A step interpolates g, a polynomial in lambda through levels that were passed already. The statistics make it
-as nearly constant as they can, in the mean over noised data, with df/dlambda along the ODE:
-
-    l = E diag(I - dD/dx),        s = Cov[f, df/dlambda] / Var[f],        b = E[df/dlambda] - s E[f].
-
-l = 1, s = b = 0 interpolates the data, as DPM-Solver++ does, and l = b = 0, s = -1 the noise, as DPM-Solver.
-Whatever the statistics are, solutions converge to those of the ODE, at the order of the solver.
+Given the same statistics, both give the same states. Ours differs around the method: coefficients are
+integrals of a spline rather than sums over the table, so that any grid will do, not only levels of the table,
+and a coarse table; and the last step goes to 0, on the denoised, where theirs ends at the last level above.
+Their examples take order 3 with a pseudo predictor for 5 steps, and the corrector "same" for 5 and 6 steps,
+none for more (CIFAR-10, unconditional); and the corrector "pseudo" (guided).
 
 Reference: Zheng et al. 2023, arXiv 2310.13268. How solvers are called, and what they do in the step to 0:
 `gaussnet.samplers.stepping`; on their history: `gaussnet.samplers.multistep`.
@@ -24,270 +20,17 @@ Reference: Zheng et al. 2023, arXiv 2310.13268. How solvers are called, and what
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import cast
+from typing import Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from scipy.interpolate import CubicSpline, PPoly
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from gaussnet.numerics import wide_dtype
-from gaussnet.samplers.multistep import _outputs, check_order
+from gaussnet.samplers.model_statistics import ModelStatistics, as_factor
+from gaussnet.samplers.multistep import check_among, check_order, known_outputs
 from gaussnet.samplers.schedules import check_sigmas
 from gaussnet.samplers.stepping import Callback, History, report, start
-from gaussnet.samplers.weights import _POINTS, _SHARES
-
-_RESOLVED = 1e-4  # least spread of f that is told from none, in units of (1 - l) sigma
-
-_LEGENDRE = np.polynomial.legendre.legvander(2 * _POINTS - 1, len(_POINTS) - 1)
-# _UP_TO[q, k] = int_0^(p_q) of the Lagrange polynomial k of the points, a column of the inverse as a series
-_PRIMITIVES = np.polynomial.legendre.legint(np.linalg.inv(_LEGENDRE), lbnd=-1) / 2
-_UP_TO = np.polynomial.legendre.legval(2 * _POINTS - 1, _PRIMITIVES).T
-
-
-@dataclass(frozen=True, eq=False)
-class ModelStatistics:
-    """l, s and b of a denoiser over log sigma: cubic splines through a table.
-
-    Args:
-        sigmas: increasing noise levels, shape (n,), n >= 2.
-        l: the linear part, (n, *event_shape) or what broadcasts to it, such as (n, 1, 1, 1).
-        s: the rate of f, of the same shape.
-        b: the drift of f, of the same shape, in units of x.
-
-    Raises:
-        ValueError: if the levels do not increase from above 0, or a table is not finite or of another shape.
-    """
-
-    sigmas: Tensor
-    l: Tensor  # noqa: E741 - the name in the paper
-    s: Tensor
-    b: Tensor
-
-    def __post_init__(self) -> None:
-        sigmas = self.sigmas
-        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() > 0).all() & (sigmas[0] > 0)):
-            raise ValueError(f"expected at least two increasing positive sigmas, got {sigmas.tolist()}")
-        for name in ("l", "s", "b"):
-            table = getattr(self, name)
-            if len(table) != len(sigmas) or table.shape != self.l.shape or not bool(table.isfinite().all()):
-                raise ValueError(
-                    f"expected finite tables of shape ({len(sigmas)}, *event_shape), as l's "
-                    f"{tuple(self.l.shape)}, got {name} of shape {tuple(table.shape)}"
-                )
-
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
-        tables = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
-        save_file(tables, path, metadata={"format": "pt"})
-
-    @classmethod
-    def load(cls, path: str | Path) -> ModelStatistics:
-        """What `save` wrote, on the CPU.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it holds something else.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {path}: expected one that ModelStatistics.save wrote")
-        try:
-            tables = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        if set(tables) != {field.name for field in fields(cls)}:
-            raise ValueError(f"expected {path} to hold sigmas, l, s and b, got {sorted(tables)}")
-        return cls(**tables)
-
-    def slice(self, sigma_max: float) -> ModelStatistics:
-        """The table up to a level, as for a sampler that a teleport takes there; nothing is stretched.
-
-        Raises:
-            ValueError: if the level is not within the table, above its first.
-        """
-        self.check_levels([sigma_max])
-        kept = self.sigmas < sigma_max * (1 - 1e-9)
-        if not bool(kept.any()):
-            raise ValueError(f"expected sigma_max above {float(self.sigmas[0]):g}, got {sigma_max}")
-        end = torch.from_numpy(self._spline(-math.log(sigma_max))).to(self.l)  # (3, *event_shape)
-        tables = (torch.cat([t[kept], e[None]]) for t, e in zip((self.l, self.s, self.b), end, strict=True))
-        return ModelStatistics(torch.cat([self.sigmas[kept], self.sigmas.new_tensor([sigma_max])]), *tables)
-
-    def check_levels(self, levels: Sequence[float]) -> None:
-        """Raises a ValueError if a level lies outside of the table, but for rounding."""
-        low, high = float(self.sigmas[0]), float(self.sigmas[-1])
-        outside = [level for level in levels if not low * (1 - 1e-6) <= level <= high * (1 + 1e-6)]
-        if outside:
-            raise ValueError(
-                f"expected levels within those of the statistics, {low:g} to {high:g}, got {outside}"
-            )
-
-    def residual(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-        """What l leaves of the ODE: f = (1 - l) x - D."""
-        return _like(1 - self._spline(-math.log(sigma))[0], x) * x - denoised
-
-    def step(
-        self, sigma: float, sigma_next: float, levels: Sequence[float]
-    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """The factor of x, those of f at each of the levels, and the constant, of event_shape; float64."""
-        now, then, *nodes = (-math.log(level) for level in (sigma, sigma_next, *levels))
-        origin, end = self._integral(now), self._integral(then)[0]  # (3, *event_shape), (*event_shape)
-        points, h = now + (then - now) * _POINTS, then - now
-        to_l, to_s, _ = np.moveaxis(self._integral(points) - origin, 1, 0)  # (points, *event_shape) each
-        decay = np.exp(to_l + to_s - (end - origin[0]))  # e^(L + S - L')
-        drift = h * np.tensordot(_UP_TO, np.exp(-to_s) * self._spline(points)[:, 2], 1)  # B at the points
-        constant = -h * np.tensordot(_SHARES, decay * drift, 1)
-        factors: list[np.ndarray] = []
-        for node in nodes:
-            basis = np.prod([(points - other) / (node - other) for other in nodes if other != node], axis=0)
-            weight = h * np.tensordot(_SHARES * basis, decay, 1)
-            factors.append(-weight * np.exp(origin[1] - self._integral(node)[1]))
-            constant += weight * self._drift(now, node)
-        return np.exp(origin[0] - end), factors, constant
-
-    def _drift(self, now: float, node: float) -> np.ndarray:
-        """B from one lambda to another."""
-        points = now + (node - now) * _POINTS
-        to_s = (self._integral(points) - self._integral(now))[:, 1]
-        return (node - now) * np.tensordot(_SHARES, np.exp(-to_s) * self._spline(points)[:, 2], 1)
-
-    @cached_property
-    def _spline(self) -> CubicSpline:
-        """l, s and b as a function of lambda."""
-        tables = torch.stack([self.l, self.s, self.b], 1).flip(0).double().cpu().numpy()
-        return CubicSpline(-self.sigmas.flip(0).double().log().cpu().numpy(), tables)
-
-    @cached_property
-    def _integral(self) -> PPoly:
-        return self._spline.antiderivative()
-
-
-def compute_ems(
-    denoiser: nn.Module,
-    data: Tensor,
-    sigmas: Tensor,
-    *,
-    n: int = 1024,
-    batch_size: int = 256,
-    generator: torch.Generator | None = None,
-    class_labels: Tensor | None = None,
-) -> ModelStatistics:
-    """The empirical model statistics of a denoiser, in the mean over noised data.
-
-    Two Jacobian-vector products for each sample and level, about four evaluations. The diagonal of the
-    Jacobian is Hutchinson's estimate v * (J v) with random signs v. All levels share samples, noise and
-    signs, so that the tables are smooth in log sigma. States of the model's own trajectories may serve in
-    place of noised data, of which they are samples as far as the model has learnt them.
-
-    Reference: Zheng et al. 2023, arXiv 2310.13268.
-
-    Args:
-        denoiser: any denoiser that has forward-mode derivatives in x and sigma. (One that rounds sigma hides
-            its dependence on it.)
-        data: clean samples (N, *event_shape) on the device and in the dtype of the denoiser.
-        sigmas: the levels of the table, in any order; a 0, as at the end of a grid, is left out. They must
-            span the grids of the sampler. 60 from 0.002 to 80, even in log sigma, resolve smooth statistics.
-        n: number of noised samples; data are repeated, with other noise, if there are fewer.
-        batch_size: how many the denoiser gets at a time.
-        generator: draws samples, noise and signs, on its own device.
-        class_labels: of the data, handed to the denoiser; (N,) or one-hot rows (N, classes).
-
-    Returns:
-        The statistics, in float64 on the CPU.
-
-    Raises:
-        ValueError: if the data are no batch of samples, the labels do not fit them, n < 2, or there are not
-            two positive levels.
-    """
-    if data.ndim < 2 or not len(data) or not data.is_floating_point():
-        raise ValueError(f"expected floating data (N, *event_shape), got {data.dtype} {tuple(data.shape)}")
-    if class_labels is not None and len(class_labels) != len(data):
-        raise ValueError(f"expected {len(data)} class_labels, one for each sample, got {len(class_labels)}")
-    if n < 2 or batch_size < 1:
-        raise ValueError(f"expected n >= 2 samples in batches of at least 1, got {n} and {batch_size}")
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten().unique()  # increasing
-    levels = levels[levels != 0]
-    if len(levels) < 2 or not bool((levels > 0).all() & levels.isfinite().all()):
-        raise ValueError(f"expected at least two finite positive sigmas, got {levels.tolist()}")
-    device = data.device if generator is None else generator.device
-    order = torch.randperm(len(data), generator=generator, device=device).to(data.device)
-    places = order.repeat(-(-n // len(data)))[:n]
-    shape = (n, *data.shape[1:])
-    noise = torch.randn(shape, generator=generator, device=device).to(data)
-    signs = torch.randint(2, shape, generator=generator, device=device).to(data) * 2 - 1
-    parts = [
-        (data[at], noise[k], signs[k], None if class_labels is None else class_labels[at])
-        for k, at in zip(torch.arange(n).split(batch_size), places.split(batch_size), strict=True)
-    ]
-    means, products, diagonals = list[Tensor](), list[Tensor](), list[Tensor]()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivatives
-        for sigma in tqdm(
-            levels.tolist(), desc="statistics", unit="level", delay=2, leave=False, disable=None
-        ):
-            rows = [
-                _known(denoiser, clean + sigma * own, sigma, sign, labels)
-                for clean, own, sign, labels in parts
-            ]
-            known = torch.cat([row for row, _ in rows], 1)  # (3, n, *event_shape)
-            diagonals.append(torch.cat([diagonal for _, diagonal in rows]).mean(0))
-            if not bool(known.isfinite().all() & diagonals[-1].isfinite().all()):
-                raise ValueError(
-                    f"expected {type(denoiser).__name__} to have finite derivatives in x and sigma, "
-                    f"got others at sigma = {sigma:g}"
-                )
-            means.append(known.mean(1))
-            off = known - means[-1][:, None]
-            products.append(torch.einsum("in...,jn...->ij...", off, off) / n)
-    moments = (torch.stack(rows).cpu().double() for rows in (means, products, diagonals))
-    return _statistics(levels, *moments, eps=torch.finfo(data.dtype).eps)
-
-
-def _known(
-    denoiser: nn.Module, x: Tensor, sigma: float, sign: Tensor, class_labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """x, D and dD/dlambda along the ODE, (3, B, *event_shape), and estimates of the diagonal of dD/dx."""
-
-    def denoise(x: Tensor, level: Tensor) -> Tensor:
-        return denoiser(x, level) if class_labels is None else denoiser(x, level, class_labels=class_labels)
-
-    level = torch.full(x.shape[:1], sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    denoised, product = cast(
-        "tuple[Tensor, Tensor]", torch.func.jvp(denoise, (x, level), (sign, torch.zeros_like(level)))
-    )
-    direction = (denoised.to(x) - x, -level)  # of x and sigma, in lambda
-    slope = cast(Tensor, torch.func.jvp(denoise, (x, level), direction)[1])
-    wide = wide_dtype(x.device)
-    return torch.stack([x.to(wide), denoised.to(wide), slope.to(wide)]), (sign * product).to(wide)
-
-
-def _statistics(
-    levels: Tensor, mean: Tensor, product: Tensor, diagonal: Tensor, eps: float
-) -> ModelStatistics:
-    """From the moments of u = (x, D, dD/dlambda), in which f = a.u and df/dlambda = c.u are linear."""
-    l = 1 - diagonal  # noqa: E741  # (n, *event_shape)
-    spline = CubicSpline(-levels.log().flip(0).numpy(), l.flip(0).numpy())
-    rise = torch.from_numpy(spline(-levels.log().numpy(), 1))  # dl/dlambda
-    one = torch.ones_like(l)
-    a = torch.stack([1 - l, -one, 0 * one], 1)  # (n, 3, *event_shape)
-    c = torch.stack([l - 1 - rise, 1 - l, -one], 1)  # (1 - l) (D - x) - x dl/dlambda - dD/dlambda
-    variance = torch.einsum("ni...,nij...,nj...->n...", a, product, a)
-    joint = torch.einsum("ni...,nij...,nj...->n...", a, product, c)
-    unit = (1 - l) * levels.reshape(-1, *(1,) * (l.ndim - 1))
-    rounding = (16 * eps) ** 2 * (product[:, 1, 1] + mean[:, 1] ** 2)  # of D
-    known = variance > (_RESOLVED * unit) ** 2 + rounding
-    s = torch.where(known, joint / variance.where(known, one), 0)  # an f that does not vary has no rate
-    b = (c * mean).sum(1) - s * (a * mean).sum(1)
-    return ModelStatistics(levels, l, s, b)
 
 
 @torch.no_grad()
@@ -302,17 +45,17 @@ def dpm_v3(
     history: History = (),
     dtype: torch.dtype | None = None,
     order: int = 2,
-    corrector: bool = True,
+    corrector: Literal["none", "same", "pseudo"] = "same",
+    pseudo: bool = False,
     lower_order_final: bool = True,
 ) -> Tensor:
-    """DPM-Solver-v3: order p in what the statistics leave of the model, p + 1 with the corrector; NFE n.
+    """DPM-Solver-v3: order p in what the statistics leave of the model; NFE n for n steps.
 
     The corrector uses the evaluation at a level once more in the step to it, as in `unipc`, and costs none.
-    The coefficients are computed on the host in each step, for one event. Without history the first step is
-    of order 1, or 2 with its corrector.
+    It corrects the state that goes on, not the one that was evaluated. The coefficients are computed on the
+    host in each step, for one event. Without history the first step is of order 1.
 
-    Reference: Zheng et al. 2023, arXiv 2310.13268. Further arguments, result and errors
-    as in `dpmpp_2m`.
+    Reference: Zheng et al. 2023, arXiv 2310.13268. Further arguments, result and errors as in `dpmpp_2m`.
 
     Args:
         denoiser: any denoiser.
@@ -323,22 +66,28 @@ def dpm_v3(
         callback: called once a step, with the predicted state.
         history: (sigma, x, denoised) above sigmas[0], newest last; within the levels of the statistics, too.
         dtype: of the state.
-        order: p of the predictor, 1 to 3.
-        corrector: whether steps are corrected.
+        order: p of the predictor, 1 to 3; 2 is the safer with few steps.
+        corrector: "same" corrects with the output at the end of the step in place of the oldest one, of order
+            p, and leaves steps of order 1; "pseudo" with one output more, by `pseudo`'s rule, of order 2;
+            "none" does not.
+        pseudo: derivatives of g are divided differences without the terms of higher order that make them
+            those of the polynomial: of order 2 at most, where p = 3 is unstable with very few steps.
         lower_order_final: the last steps are of order min(p, number of steps left).
 
     Raises:
-        ValueError: further if there are no statistics, or they do not span the levels or fit the shape of x.
+        ValueError: further if there are no statistics, they do not span the levels or fit the shape of x, or
+            the corrector is unknown.
 
     Example:
         >>> from gaussnet import GaussianDenoiser, log_snr_sigmas
-        >>> from gaussnet.samplers.dpm_v3 import compute_ems, dpm_v3
+        >>> from gaussnet.samplers import compute_ems, dpm_v3
         >>> model = GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), var=0.25)
         >>> statistics = compute_ems(model, torch.randn(64, 1, 2, 2) / 2, log_snr_sigmas(60))
         >>> images = dpm_v3(model, 80 * torch.randn(4, 1, 2, 2), log_snr_sigmas(8), statistics=statistics)
     """
     levels = check_sigmas(sigmas)
     check_order(order, 3)
+    check_among("corrector", corrector, ("none", "same", "pseudo"))
     if statistics is None:
         raise ValueError(
             "expected statistics of the denoiser: compute them once, with compute_ems, and save them"
@@ -350,26 +99,28 @@ def dpm_v3(
         raise ValueError(
             f"expected x of shape (B, {tuple(event_shape)}), as the statistics, got {tuple(x.shape)}"
         )
-    known = _outputs(history, x, levels[0], False, dtype)
+    known = known_outputs(history, x, levels[0], False, dtype)
     statistics.check_levels([*(level for level, _ in known), *levels[:-1]])
     past = [
         (level, statistics.residual(state.to(denoised), denoised, level))
         for (level, denoised), (_, state, _) in zip(known, reversed(history), strict=True)
     ]
     x, denoise = start(denoiser, x, class_labels, dtype)
-    before = x
+    before, used = x, past
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigma)
         report(callback, x, i, sigma, denoised)
         if sigma_next == 0:
             return denoised
         output = statistics.residual(x, denoised, sigma)
-        if corrector and i > 0:  # once more from the level before, now with the output at this one
-            x = _advance(statistics, before, levels[i - 1], sigma, [(sigma, output), *past])
+        if corrector != "none" and i > 0:  # the step to this level again, now with the output at it
+            nodes = [used[0], (sigma, output), *used[1:]][: len(used) + (corrector == "pseudo")]
+            if len(nodes) > 1:  # else it would predict again
+                x = _advance(statistics, before, levels[i - 1], sigma, nodes, corrector == "pseudo")
         before = x
         past = [(sigma, output), *past][:order]
         used = past[: len(levels) - 1 - i] if lower_order_final else past
-        x = _advance(statistics, x, sigma, sigma_next, used)
+        x = _advance(statistics, x, sigma, sigma_next, used, pseudo)
     return x
 
 
@@ -379,14 +130,12 @@ def _advance(
     sigma: float,
     sigma_next: float,
     outputs: Sequence[tuple[float, Tensor]],
+    pseudo: bool,
 ) -> Tensor:
     """The step from sigma to sigma_next."""
-    factor, factors, constant = statistics.step(sigma, sigma_next, [level for level, _ in outputs])
-    x = torch.addcmul(_like(constant, x), _like(factor, x), x)
+    levels = [level for level, _ in outputs]
+    factor, factors, constant = statistics.step(sigma, sigma_next, levels, pseudo)
+    x = torch.addcmul(as_factor(constant, x), as_factor(factor, x), x)
     for weight, (_, output) in zip(factors, outputs, strict=True):
-        x = torch.addcmul(x, _like(weight, x), output)
+        x = torch.addcmul(x, as_factor(weight, x), output)
     return x
-
-
-def _like(coefficient: np.ndarray, x: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(coefficient)).to(x.dtype).to(x.device)

@@ -42,7 +42,7 @@ def multistep(
 ) -> Tensor:
     """Steps with the outputs of up to `order` levels, of the data or of the noise."""
     levels = check_sigmas(sigmas)
-    past = _outputs(history, x, levels[0], noise, dtype)[:order]
+    past = known_outputs(history, x, levels[0], noise, dtype)[:order]
     x, denoise = start(denoiser, x, class_labels, dtype)
     before = x
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
@@ -95,7 +95,7 @@ def _runge_kutta(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, sigma
     return x + (step / 6) * (slope + 2 * (second + third) + fourth)
 
 
-def _outputs(
+def known_outputs(
     history: History, x: Tensor, sigma: float, noise: bool, dtype: torch.dtype | None
 ) -> list[tuple[float, Tensor]]:
     """What the history says, newest first.

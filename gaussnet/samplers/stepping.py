@@ -2,8 +2,10 @@
 
 Every solver is called as `solver(denoiser, x, sigmas, *, class_labels=None, callback=None, dtype=None)`: x is
 the state at sigmas[0], the grid decreases and ends in 0, and the state at 0 is returned. This is the
-convention of k-diffusion: its samplers and these can be exchanged. Multistep solvers take `history` besides,
-and stochastic ones `generator`.
+convention of k-diffusion: its samplers and these can be exchanged, and take any denoiser, and what teleport
+returns, as they are: `sample_lms(model, x, sigmas.to(x), extra_args={"class_labels": class_labels})`. (Some
+promote x to the dtype of sigmas, and grids are float64 here.) Multistep solvers take `history` besides, and
+stochastic ones `generator`.
 
 Denoisers get one sigma per sample. `callback` receives a dict per step: x, i, sigma, sigma_hat (the level of
 x), denoised. With `dtype` the state is kept, and returned, in that dtype (EDM samples in float64), while the

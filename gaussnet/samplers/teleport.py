@@ -8,28 +8,28 @@ Two refinements turn skipping into speed. *Regrid*: spend `steps` steps on a new
 jump down, rather than what is left of the old one. *History*: the trajectory above that level is known, and a
 multistep solver that gets it starts at full order.
 
-Mixtures, local and guided denoisers have no closed flow, but are cheap: their own ODE is solved by the
-classical Runge-Kutta method in log sigma. A class-conditional Gaussian, a mixture with one component a class,
-has one.
+A class-conditional Gaussian, a mixture with one component a class, has a closed flow, too, and guidance
+between Gaussians of low rank nearly so (`gaussnet.samplers.guided_flow`). Other mixtures, local and guided
+denoisers have none, but are cheap: their own ODE is solved by the classical Runge-Kutta method in log sigma.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import cache
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from gaussnet.covariance import Covariance
-from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser, GuidedDenoiser
 from gaussnet.denoisers.base import class_index
 from gaussnet.gate import Gate
+from gaussnet.samplers.guided_flow import Flow, few_dimensions, guided_flow
 from gaussnet.samplers.schedules import check_sigmas, karras_sigmas
 from gaussnet.samplers.stepping import History
 
-Flow = Callable[[Tensor, float, float], Tensor]
 RHO = 7.0
 _STEPS_PER_OCTAVE = 8  # of the Runge-Kutta method
 
@@ -78,6 +78,10 @@ def teleport(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, History]:
     """Moves `x` along an analytic denoiser's trajectory, and drops the steps before.
 
+    A Gaussian's jump costs two matrix products, which no network notices. Mixtures and local denoisers solve
+    their ODE, 32 evaluations of theirs an octave, in float64: what that is in evaluations of the network,
+    `gaussnet.samplers.teleport_cost` tells.
+
     Args:
         gaussian: fitted to the data of the model that goes on from here; or a mixture, local or guided
             denoiser.
@@ -110,17 +114,9 @@ def teleport(
     """
     levels = check_sigmas(sigmas)
     target = _target(levels, skip, sigma_skip, tol, gate)
-    grid = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    if steps is None:
-        rest = torch.cat([grid.new_tensor([target]), grid[grid < target]])
-    else:
-        last = levels[-2]
-        if steps < 1 or (steps > 1 and last >= target):
-            raise ValueError(f"expected steps >= 1 from {target:g} down to below it, got {steps} to {last:g}")
-        rest = karras_sigmas(steps, last, target, RHO) if steps > 1 else grid.new_tensor([target, 0.0])
+    rest = grid_from(sigmas, target, steps)
     move = flow_of(gaussian, class_labels)
     moved = move(x, levels[0], target)
-    rest = rest.to(sigmas.device)
     if not return_history:
         return moved, rest
     history: list[tuple[float, Tensor, Tensor]] = []
@@ -147,9 +143,23 @@ def warm_start(
     Returns:
         States (count, *event_shape), and the grid as of `teleport`, whose arguments and errors these are.
     """
-    x = gaussian.sample(count, sigma_skip, generator)
-    _, rest = teleport(gaussian, x, sigmas, sigma_skip=sigma_skip, steps=steps)
-    return x, rest
+    rest = grid_from(sigmas, sigma_skip, steps)
+    return gaussian.sample(count, sigma_skip, generator), rest
+
+
+def grid_from(sigmas: Tensor, sigma_skip: float, steps: int | None = None) -> Tensor:
+    """The grid that is left from a level on: arguments and errors as in `teleport`."""
+    levels = check_sigmas(sigmas)
+    target = _target(levels, None, sigma_skip, None, None)
+    grid = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if steps is None:
+        rest = torch.cat([grid.new_tensor([target]), grid[grid < target]])
+    else:
+        last = levels[-2]
+        if steps < 1 or (steps > 1 and last >= target):
+            raise ValueError(f"expected steps >= 1 from {target:g} down to below it, got {steps} to {last:g}")
+        rest = karras_sigmas(steps, last, target, RHO) if steps > 1 else grid.new_tensor([target, 0.0])
+    return rest.to(sigmas.device)
 
 
 def afs(x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,20 +185,24 @@ def afs(x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     return x + (sigma_next - sigma) * (x - denoised) / sigma, sigmas[1:]
 
 
-def flow_of(
-    denoiser: Denoiser, class_labels: Tensor | None = None
-) -> Callable[[Tensor, float, float], Tensor]:
+def flow_of(denoiser: Denoiser, class_labels: Tensor | None = None) -> Flow:
     """The trajectory of a denoiser's probability-flow ODE: (x, sigma_from, sigma_to) to the state there.
 
-    In closed form for a Gaussian and for one Gaussian a class; else by the classical Runge-Kutta method in
-    log sigma, 32 evaluations an octave.
+    In closed form for a Gaussian and for one Gaussian a class. Of guidance from such to an unconditional
+    Gaussian, both of low rank, by `guided_flow`: a linear ODE that is solved once for all samples. Else by
+    the classical Runge-Kutta method in log sigma, 32 evaluations an octave.
     """
     if isinstance(denoiser, GaussianDenoiser):
         return denoiser.flow
-    if isinstance(denoiser, GaussianMixtureDenoiser) and class_labels is not None:
-        known = denoiser.component_labels
+    cond = denoiser
+    if isinstance(denoiser, GuidedDenoiser) and isinstance(denoiser.uncond, GaussianDenoiser):
+        cond = denoiser.cond
+        if isinstance(cond, GaussianDenoiser) and few_dimensions(cond, denoiser.uncond):
+            return guided_flow(cond, denoiser.uncond, denoiser.w)
+    if isinstance(cond, GaussianMixtureDenoiser) and class_labels is not None:
+        known = cond.component_labels
         if known is not None and len(known.unique()) == len(known):
-            return _flow_by_class(denoiser, known, class_labels)
+            return _flow_by_class(denoiser, cond, known, class_labels)
 
     def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
         return runge_kutta(denoiser, x, sigma_from, sigma_to, class_labels)
@@ -243,20 +257,30 @@ def runge_kutta(
     return state.to(x.dtype)
 
 
-def _flow_by_class(mixture: GaussianMixtureDenoiser, known: Tensor, class_labels: Tensor) -> Flow:
+def _flow_by_class(
+    denoiser: Denoiser, mixture: GaussianMixtureDenoiser, known: Tensor, class_labels: Tensor
+) -> Flow:
+    """Of a mixture with one Gaussian a class, or of guidance to it: each sample by the flow of its own."""
+
+    @cache
+    def flow_of_class(label: int) -> Flow:
+        k = int((known == label).nonzero())
+        rank = int(mixture.ranks[k])
+        eigvecs, eigvals = mixture.eigvecs[k, :rank].mT, mixture.eigvals[k, :rank]
+        one = GaussianDenoiser(mixture.means[k], Covariance(eigvecs, eigvals, mixture.tails[k]))
+        if isinstance(denoiser, GuidedDenoiser):
+            return flow_of(GuidedDenoiser(one, denoiser.uncond, denoiser.w))
+        return one.flow
+
     def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
         index = class_index(class_labels, tuple(x.shape[:1]), known)
         moved = torch.empty_like(x)
         for label in index.unique().tolist():
             mine = index == label
             if label < 0:  # of no class: the whole mixture
-                moved[mine] = runge_kutta(mixture, x[mine], sigma_from, sigma_to)
-                continue
-            k = int((known == label).nonzero())
-            rank = int(mixture.ranks[k])
-            eigvecs, eigvals = mixture.eigvecs[k, :rank].mT, mixture.eigvals[k, :rank]
-            one = GaussianDenoiser(mixture.means[k], Covariance(eigvecs, eigvals, mixture.tails[k]))
-            moved[mine] = one.flow(x[mine], sigma_from, sigma_to).to(x.dtype)
+                moved[mine] = runge_kutta(denoiser, x[mine], sigma_from, sigma_to)
+            else:
+                moved[mine] = flow_of_class(label)(x[mine], sigma_from, sigma_to).to(x.dtype)
         return moved
 
     return move

@@ -21,8 +21,8 @@ import numpy as np
 Weights = Callable[[float, float, Sequence[float]], Sequence[float]]
 """From a level, to a level, the levels of the outputs that are known: a weight for each of them."""
 
-_POINTS, _SHARES = (array / 2 for array in np.polynomial.legendre.leggauss(32))
-_POINTS = _POINTS + 0.5  # the rule on [0, 1]
+POINTS, SHARES = (array / 2 for array in np.polynomial.legendre.leggauss(32))
+POINTS = POINTS + 0.5  # the rule on [0, 1]
 _EVEN = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
@@ -82,8 +82,8 @@ def _log_nodes(sigma: float, levels: Sequence[float]) -> list[float]:
 
 def _integrals(h: float, nodes: Sequence[float], rate: int) -> list[float]:
     """int_0^h exp(rate (tau - h)) L_j(tau) dtau for the Lagrange polynomials L_j of the nodes."""
-    tau = h * _POINTS
-    measure = h * _SHARES * np.exp(rate * (tau - h))
+    tau = h * POINTS
+    measure = h * SHARES * np.exp(rate * (tau - h))
     bases = (
         np.prod([(tau - other) / (node - other) for other in nodes if other != node], axis=0)
         for node in nodes

@@ -1,0 +1,97 @@
+"""What do samplers and teleport cost outside of the network?
+
+    python benchmarks/sampler_overhead.py [--batch 256] [--threads 2]
+
+The network of configs/cifar10_mini_edm.yaml (untrained: its time does not depend on its weights) and a
+Gaussian of full rank, D = 3,072. All times are from one process, interleaved, as shares of one evaluation of
+the network alone on a batch: a step of each solver without any network, the jump, and the jump with its
+history for multistep solvers; then what the bypass adds to an evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import compare
+from torch import Tensor
+
+from gaussnet import SOLVERS, BypassPrecond, Covariance, GaussianDenoiser, SongUNet, karras_sigmas, teleport
+from train.configfile import load_config
+
+CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_mini_edm.yaml"
+SHAPE = (3, 32, 32)
+STEPS = 18
+TIMED = (
+    "euler",
+    "heun",
+    "edm_stochastic",
+    "dpmpp_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "unipc",
+    "pndm",
+    "ipndm",
+    "deis",
+)
+
+
+def natural_gaussian(generator: torch.Generator) -> GaussianDenoiser:
+    """Full rank, with a random basis and a spectrum that falls as that of photographs."""
+    dim = SHAPE[0] * SHAPE[1] * SHAPE[2]
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    eigvals = 200.0 / torch.arange(1, dim + 1) ** 1.5
+    return GaussianDenoiser(torch.zeros(SHAPE), Covariance(basis.contiguous(), eigvals))
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    generator = torch.Generator().manual_seed(0)
+    gaussian = natural_gaussian(generator)
+    arguments = load_config(CONFIG).network.arguments
+    network = SongUNet(img_resolution=32, in_channels=6, out_channels=3, **arguments).eval()
+    model = BypassPrecond(network, gaussian).eval()
+    x = 80 * torch.randn(options.batch, *SHAPE, generator=generator)
+    inputs, labels = torch.randn(options.batch, 6, 32, 32), torch.zeros(options.batch)
+    sigmas = karras_sigmas(STEPS)
+
+    def identity(x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return x
+
+    def steps_of(name: str) -> Any:
+        method: Any = SOLVERS[name]
+        extra = {"generator": generator} if "generator" in inspect.signature(method).parameters else {}
+        return lambda: method(identity, x, sigmas, **extra)
+
+    calls: dict[str, Any] = {
+        "network": lambda: network(inputs, labels),
+        "model": lambda: model(x, torch.full((options.batch,), 1.0)),
+        "jump": lambda: teleport(gaussian, x, sigmas, skip=5),
+        "jump with history": lambda: teleport(gaussian, x, sigmas, skip=5, return_history=True),
+        **{name: steps_of(name) for name in TIMED},
+    }
+    times = compare(calls, options.rounds)
+    one = times["network"]
+    print(f"Batch {options.batch}, {options.threads} threads, torch {torch.__version__}\n")
+    print("| what | of one evaluation of the network |\n|---|---|")
+    for name in TIMED:
+        print(f"| a step of {name} | {times[name] / STEPS / one:.3%} |")
+    for name in ("jump", "jump with history"):
+        print(f"| {name} | {times[name] / one:.2%} |")
+    print(f"| an evaluation of the bypass model, over that of its network | {times['model'] / one - 1:.2%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Inpainting: start states against the dense conditional Gaussian."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import COVARIANCES, DTYPES, denoiser, gaussian, held_out_digits, randn, relative_error
+from torch import Tensor
+
+from gaussnet import CosineCovariance, GaussianDenoiser, karras_sigmas
+from gaussnet.samplers import inpainting_start, warm_start
+
+GRID = karras_sigmas(18)
+MASKS = {
+    "one": [[[True, False, False], [False, False, False]]],
+    "some": [[[True, False, True], [False, True, True]]],
+    "row": [[True, True, True], [False, False, False]],
+    "all": [[[True]]],
+    "none": [[[False]]],
+}
+
+
+def conditional(g: GaussianDenoiser, y: Tensor, mask: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of x_0 given its known entries, dense."""
+    cov, mean = g.covariance.dense(), g.mean.flatten()
+    between = cov[:, mask]
+    noisy = cov[mask][:, mask] + eta**2 * torch.eye(int(mask.sum()), dtype=cov.dtype)
+    gain = between @ torch.linalg.pinv(noisy, hermitian=True)
+    return mean + gain @ (y.flatten()[mask] - mean[mask]), cov - gain @ between.mT
+
+
+def draws(monkeypatch: pytest.MonkeyPatch, count: int, scale: float) -> None:
+    """In place of noise: of `count` numbers that each state draws, row k has `scale` for the k-th, else 0."""
+    place = 0
+
+    def randn(*shape: Any, **options: Any) -> Tensor:
+        nonlocal place
+        batch, size = shape if len(shape) == 2 else shape[0]
+        assert options.get("generator") is not None, "all randomness comes from the generator"
+        part = scale * torch.eye(count, dtype=options["dtype"])[:batch, place : place + size]
+        place += size
+        return part
+
+    monkeypatch.setattr(torch, "randn", randn)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("kind", COVARIANCES)
+def test_moments_are_those_of_the_conditional_gaussian(
+    kind: str, which: str, eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g, sigma = gaussian(kind), 2.5
+    mask = torch.tensor(MASKS[which])
+    at = mask.expand(1, 2, 3).flatten()
+    y = g.sample(
+        1, generator=torch.Generator().manual_seed(3)
+    )  # the Gaussian's own: a zero tail allows no other
+    mean, cov = conditional(g, y, at, eta)
+    count = 6 + int(at.sum()) + 6  # of the image, its observation, and the level
+    known = torch.where(mask, y, torch.nan).expand(count, 1, 2, 3)
+    run = {"observation_noise": eta, "generator": torch.Generator()}
+    # States are affine in what they draw: without it they are the mean, and unit draws give the root.
+    draws(monkeypatch, count, 0.0)
+    centre, rest = inpainting_start(g, known, mask, GRID, sigma, **run)
+    assert rest.tolist() == [sigma, *(level for level in GRID.tolist() if level < sigma)]
+    assert relative_error(centre[0].flatten(), mean) < 1e-9
+    draws(monkeypatch, count, 1.0)
+    x, _ = inpainting_start(g, known, mask, GRID, sigma, **run)
+    root = (x - centre).flatten(1)
+    assert relative_error(root.mT @ root, cov + sigma**2 * torch.eye(6)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gaussian-full", "gaussian-rank-10"])
+def test_digits(name: str, dtype: torch.dtype) -> None:
+    g = denoiser(name, dtype)
+    clean = held_out_digits(dtype)[:200]
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:, :4] = True
+    generator = torch.Generator().manual_seed(0)
+    x, rest = inpainting_start(
+        g, clean, mask, GRID, 0.01, observation_noise=0.1, steps=5, generator=generator
+    )
+    assert (x.dtype, x.shape, len(rest)) == (dtype, clean.shape, 6)
+    guess = g.sample(200, generator=generator)
+    errors = [float((at - clean)[..., 4:].square().mean()) for at in (x, guess)]
+    assert errors[0] < 0.8 * errors[1], "the left half tells of the right one"
+    exact, _ = inpainting_start(g, clean, mask, GRID, 1e-6, generator=generator)
+    assert (exact - clean)[..., :4].abs().max() < 1e-4, "known pixels stay"
+    again = torch.Generator().manual_seed(0)
+    same, _ = inpainting_start(g, clean, mask, GRID, 0.01, observation_noise=0.1, steps=5, generator=again)
+    assert same.equal(x)
+
+
+def test_constant_pixels_tell_nothing() -> None:
+    g = gaussian("full")
+    eigvals, eigvecs = g.covariance.eigvals.clone(), torch.eye(6, dtype=torch.float64)
+    eigvals[2] = 0  # a pixel that never varies: S is singular
+    g = GaussianDenoiser(g.mean, type(g.covariance)(eigvecs, eigvals))
+    x, _ = inpainting_start(g, g.mean.expand(9, 1, 2, 3), torch.ones(1, 1, 1).bool(), GRID, 1e-9)
+    assert relative_error(x, g.mean.expand(9, 1, 2, 3)) < 1e-8
+
+
+def test_cosine_basis() -> None:
+    covariance = CosineCovariance(torch.logspace(0, -2, 16).reshape(1, 4, 4).double(), torch.eye(1).double())
+    g, mask = GaussianDenoiser(torch.zeros(1, 4, 4).double(), covariance), torch.arange(16).reshape(4, 4) < 5
+    y = g.sample(4000, generator=torch.Generator().manual_seed(1))[:1].expand(4000, 1, 4, 4)
+    x, _ = inpainting_start(g, y, mask, GRID, 0.01, generator=torch.Generator().manual_seed(2))
+    mean, cov = conditional(g, y[:1], mask.flatten(), 0.0)
+    assert (x.flatten(1).mean(0) - mean).abs().max() < 5 * float(cov.diagonal().max() / 4000) ** 0.5
+
+
+def test_without_known_pixels_it_is_a_warm_start() -> None:
+    g = gaussian("low-rank")
+    x, rest = inpainting_start(
+        g,
+        randn(50_000, 1, 2, 3),
+        torch.tensor([False]),
+        GRID,
+        3.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert rest.equal(warm_start(g, 1, GRID, 3.0)[1])
+    flat = (x - g.mean).flatten(1)
+    assert relative_error(flat.mT @ flat / len(flat), g.covariance.dense() + 9 * torch.eye(6)) < 0.03
+
+
+def test_bad_calls() -> None:
+    g, mask = gaussian(), torch.ones(1, 2, 3).bool()
+    known: Tensor = randn(2, 1, 2, 3)
+    bad: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((known, mask.int(), GRID, 3.0), {}, TypeError, "expected a boolean mask, got torch.int32"),
+        ((known[0], mask, GRID, 3.0), {}, ValueError, r"known of shape \(B, 1, 2, 3\), got \(1, 2, 3\)"),
+        (
+            (known, mask[..., :2], GRID, 3.0),
+            {},
+            ValueError,
+            r"broadcasts to \(1, 2, 3\), got shape \(1, 2, 2\)",
+        ),
+        ((known / 0, mask, GRID, 3.0), {}, ValueError, "finite known pixels, got 12 others"),
+        ((known, mask, GRID, 90.0), {}, ValueError, r"0 < sigma_skip <= sigmas\[0\] = 80, got 90.0"),
+        (
+            (known, mask, GRID, 3.0),
+            {"observation_noise": -1.0},
+            ValueError,
+            "observation_noise >= 0, got -1.0",
+        ),
+        ((known, mask, GRID, 3.0), {"steps": 0}, ValueError, "expected steps >= 1"),
+    ]
+    for arguments, options, error, message in bad:
+        with pytest.raises(error, match=message):
+            inpainting_start(g, *arguments, **options)
