@@ -24,7 +24,14 @@ from gaussnet.data import ImageData
 from gaussnet.experiments import Setting, defaults, run, teleport_quality
 from gaussnet.experiments.running import SUFFIXES
 from gaussnet.experiments.teleport_quality import furthest
-from gaussnet.metrics import SmallClassifier, frechet_distance, kernel_distance, load_extractor, to_uint8
+from gaussnet.metrics import (
+    SmallClassifier,
+    frechet_distance,
+    kernel_distance,
+    load_extractor,
+    memorisation,
+    to_uint8,
+)
 from gaussnet.probes import quality
 from gaussnet.probes.quality import distances, features_of, skipped_run
 from gaussnet.sampling import noise_of
@@ -156,6 +163,15 @@ def test_frechet_distances_follow_the_closed_form(skips: list[int]) -> None:
         assert row["frechet"] == pytest.approx(expected, rel=0.03, abs=2e-3), row
         assert row["low"] <= row["frechet"] <= row["high"]
         assert row["NFE"] == row["evaluations"] > 10
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+def test_samples_of_the_images_themselves_are_memorised(skip: int) -> None:
+    setting = digits("delta")
+    run_of = skipped_run(setting.model, setting.gaussian, range(32), karras_sigmas(18), skip)
+    assert memorisation(run_of.images, setting.fitted[0]).share == 1
+    others = skipped_run(setting.gaussian, setting.gaussian, range(32), karras_sigmas(18), skip)
+    assert memorisation(others.images, setting.fitted[0]).share < 0.1
 
 
 # Distances ----------------------------------------------------------------------------------------
