@@ -129,10 +129,12 @@ def test_impossible_jumps(arguments: dict[str, Any], message: str) -> None:
 def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
     g = gaussian("full")
     x = 80 * randn(4, *g.event_shape)
-    moved, rest = teleport(g, x, GRID, sigma_skip=8.0, steps=steps)
+    moved, _ = teleport(g, x, GRID, sigma_skip=8.0, steps=steps)
     assert moved.equal(g.flow(x, 80.0, 8.0))
-    expected = karras_sigmas(steps, 0.002, 8.0) if steps > 1 else torch.tensor([8.0, 0.0]).double()
-    assert rest.equal(expected)
+    for rho, options in ((4.0, {}), (7.0, {"rho": 7.0})):
+        _, rest = teleport(g, x, GRID, sigma_skip=8.0, steps=steps, **options)
+        expected = karras_sigmas(steps, 0.002, 8.0, rho) if steps > 1 else torch.tensor([8.0, 0.0]).double()
+        assert rest.equal(expected), rho
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,8 @@ def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
         ({"skip": 5}, [28.37, 19.35, 12.91]),
         ({"skip": 1}, [None, 80.0, 57.59]),
         ({"sigma_skip": 10.0}, [28.37, 19.35, 12.91]),
-        ({"sigma_skip": 8.0, "steps": 6}, [91.55, 44.47, 19.88]),
+        ({"sigma_skip": 8.0, "steps": 6}, [43.22, 26.55, 15.24]),
+        ({"sigma_skip": 8.0, "steps": 6, "rho": 7.0}, [91.55, 44.47, 19.88]),
     ],
 )
 def test_history_is_the_trajectory_a_step_apart(how: dict[str, Any], above: list[float | None]) -> None:
@@ -264,7 +267,7 @@ def test_warm_start_draws_the_marginal() -> None:
     g = gaussian("full")
     generator = torch.Generator().manual_seed(0)
     x, rest = warm_start(g, 50_000, GRID, 3.0, steps=5, generator=generator)
-    assert rest.equal(karras_sigmas(5, 0.002, 3.0))
+    assert rest.equal(karras_sigmas(5, 0.002, 3.0, 4.0))
     flat = (x - g.mean).flatten(1).double()
     cov = flat.mT @ flat / len(flat)
     expected = g.covariance.dense() + 9 * torch.eye(6)
