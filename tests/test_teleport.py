@@ -131,7 +131,8 @@ def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
     x = 80 * randn(4, *g.event_shape)
     moved, _ = teleport(g, x, GRID, sigma_skip=8.0, steps=steps)
     assert moved.equal(g.flow(x, 80.0, 8.0))
-    for rho, options in ((4.0, {}), (7.0, {"rho": 7.0})):
+    choices: list[tuple[float, dict[str, Any]]] = [(4.0, {}), (7.0, {"rho": 7.0})]
+    for rho, options in choices:
         _, rest = teleport(g, x, GRID, sigma_skip=8.0, steps=steps, **options)
         expected = karras_sigmas(steps, 0.002, 8.0, rho) if steps > 1 else torch.tensor([8.0, 0.0]).double()
         assert rest.equal(expected), rho
