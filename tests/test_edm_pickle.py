@@ -28,11 +28,12 @@ from cases import golden, randn, relative_error, tiny_unet
 from torch import Tensor, nn
 from torch._utils import _rebuild_tensor_v2
 
-from gaussnet import EDMPrecond, from_pretrained
+from gaussnet import EDMPrecond, from_pretrained, open_images
 from gaussnet.edm_import import _check_size, import_edm
 from gaussnet.edm_pickle import read_edm_pickle
 from gaussnet.edm_preconds import VEPrecond, VPPrecond, iDDPMPrecond
 from gaussnet.edm_unpickler import EDMPickleError, unpickle
+from gaussnet.experiments import EXPERIMENTS, Setting, defaults, run
 from gaussnet.networks.dhariwal_unet import DhariwalUNet
 
 # A witness: what CPython itself reports of imports, compilations, calls out and files -----------------
@@ -207,6 +208,29 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "saved")
     again: Any = from_pretrained(tmp_path / "saved")
     assert again(x, sigma, labels).equal(model(x, sigma, labels))
+
+
+def test_experiments_take_snapshots(tmp_path: Path) -> None:
+    make, kwargs = MODELS["edm"]
+    model = make()
+    path = write(
+        tmp_path / "a.pkl", "EDMPrecond", model.state_dict(), img_resolution=8, img_channels=1, **kwargs
+    )
+    model.save_pretrained(tmp_path / "saved")
+    experiment = EXPERIMENTS["score-deviation"]
+    options = defaults(experiment, queries=4, sigmas=[0.5], references=["gaussian"])
+    readings = [
+        run(
+            "score-deviation",
+            experiment,
+            Setting(str(name), open_images("digits")),
+            options,
+            tmp_path / "out",
+        )
+        for name in (path, tmp_path / "saved")
+    ]
+    assert readings[0] == readings[1]
+    assert readings[0].table[0]["gaussian"] > 0.1
 
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ddpmpp_cond", "edm_ncsnpp"])
