@@ -1,6 +1,6 @@
 """What does teleport save? Distances to the fine solution and Frechet distances, at equal evaluations.
 
-    python benchmarks/teleport.py MODEL --out CSV [--seeds 512]
+    python benchmarks/teleport.py MODEL --out CSV [--seeds 512] [--parts rms rho overhead]
     python benchmarks/teleport.py MODEL --out CSV --parts heun frechet --mnist FOLDER [--samples 10000]
 
 MODEL is a trained bypass model, such as a run of configs/mnist_mini_edm.yaml. Its gate is kept, but never
@@ -48,10 +48,11 @@ from gaussnet.metrics import FeatureStatistics, extract_features, frechet_interv
 from gaussnet.sampling import noise_of
 
 LEVELS = (3.0, 5.0, 6.0, 8.0, 12.0)
-NFES = (5, 6, 7, 8, 9, 10, 12)
+NFES = (4, 5, 6, 7, 8, 9, 10, 12)
 MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "unipc", "deis")
 BATCH = 128
-PARTS = ("rms", "overhead", "heun", "frechet")
+RHOS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0, 10.0)
+PARTS = ("rms", "rho", "overhead", "heun", "frechet")
 
 
 def sample(
@@ -106,6 +107,39 @@ def rms_table(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> l
             numbers = " | ".join(f"{row[how]:.4f}" for how in ("plain", "afs", "teleport"))
             print(f"| {solver} | {nfe} | {numbers} | {level:g} | {row['ratio']:.2f} |", flush=True)
     return rows
+
+
+def rho_table(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> None:
+    """Prints the RMS by the spacing of the grid, over that of the plain solver on EDM's."""
+    x = torch.cat(list(in_batches(range(100_000, 100_000 + count), tuple(model.event_shape))))
+    fine = heun(model, x, karras_sigmas(100))
+
+    def rms(images: Tensor) -> float:
+        return float((images - fine).double().square().mean().sqrt())
+
+    print("\n| solver | NFE | start | " + " | ".join(f"rho {rho:g}" for rho in RHOS) + " |")
+    print("|---" * (3 + len(RHOS)) + "|")
+    for solver in ("dpmpp_2m", "unipc"):
+        method: Any = SOLVERS[solver]
+        for nfe in (6, 8, 10):
+            base = rms(method(model, x, karras_sigmas(nfe)))
+            plain = [rms(method(model, x, karras_sigmas(nfe, rho=rho))) / base for rho in RHOS]
+            print(f"| {solver} | {nfe} | 80 | " + " | ".join(f"{ratio:.2f}" for ratio in plain) + " |")
+            for level in (5.0, 6.0, 8.0):
+                ratios: list[float] = []
+                for rho in RHOS:
+                    start, grid, history = teleport(
+                        gaussian,
+                        x,
+                        karras_sigmas(nfe),
+                        sigma_skip=level,
+                        steps=nfe,
+                        rho=rho,
+                        return_history=True,
+                    )
+                    ratios.append(rms(method(model, start, grid, history=history)) / base)
+                cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+                print(f"| {solver} | {nfe} | {level:g} | {cells} |", flush=True)
 
 
 def fewer(rows: list[dict[str, Any]]) -> None:
@@ -229,6 +263,8 @@ def main() -> None:
                 | {"NFE": int(row["NFE"])}
                 for row in csv.DictReader(file)
             ]
+    if "rho" in options.parts:
+        rho_table(model, gaussian, options.seeds // 4)
     if "overhead" in options.parts:
         overhead(model, gaussian)
     if {"heun", "frechet"} & set(options.parts):
