@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Its samplers, which ours are tested against, need no more of what k-diffusion depends on.
+K_DIFFUSION := k-diffusion torchdiffeq torchsde trampoline
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process 2
 
@@ -15,6 +17,7 @@ setup: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(K_DIFFUSION)
 	touch $@
 
 demo: setup

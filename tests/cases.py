@@ -2,10 +2,15 @@
 
 import copy
 import json
+import sys
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from scipy.stats import multivariate_normal
@@ -215,3 +220,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected||, in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
+
+
+def k_diffusion_sampling() -> Any:
+    """The samplers of k-diffusion, without the rest of the package and what that needs; skips without it."""
+    spec = find_spec("k_diffusion") if "k_diffusion" not in sys.modules else None
+    if spec is not None:
+        package = ModuleType("k_diffusion")
+        package.__path__ = list(spec.submodule_search_locations or [])
+        sys.modules["k_diffusion"] = package  # its own __init__ imports all of it
+    try:
+        return import_module("k_diffusion.sampling")
+    except ImportError as error:
+        return pytest.skip(f"needs k-diffusion, torchdiffeq and torchsde: {error}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import denoiser, randn
+from cases import denoiser, k_diffusion_sampling, randn
 from torch import Tensor
 
 from gaussnet import karras_sigmas
@@ -207,7 +207,7 @@ def test_ipndm_of_diffusers() -> None:
 
 
 def sampling() -> Any:
-    return pytest.importorskip("k_diffusion.sampling", exc_type=ImportError)
+    return k_diffusion_sampling()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import COVARIANCES, DTYPES, denoiser, gaussian, randn, relative_error
+from cases import COVARIANCES, DTYPES, denoiser, gaussian, k_diffusion_sampling, randn, relative_error
 
 from gaussnet import (
     SOLVERS,
@@ -185,7 +185,7 @@ def test_every_multistep_solver_goes_on_from_the_history(solver: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "lms", "dpmpp_2m", "dpm_fast", "dpm_adaptive"])
 def test_samplers_of_k_diffusion_go_on(name: str, dtype: torch.dtype) -> None:
-    sampling: Any = pytest.importorskip("k_diffusion.sampling", exc_type=ImportError)
+    sampling = k_diffusion_sampling()
     m, labels = denoiser("mixture-classes", dtype), torch.arange(4)
     x = (80 * randn(4, 1, 8, 8)).to(dtype)
     moved, rest = teleport(m, x, GRID, sigma_skip=8.0, steps=40, class_labels=labels)
