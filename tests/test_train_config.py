@@ -163,6 +163,15 @@ def test_yaml_and_back() -> None:
     assert differences(to_yaml(config), config) == []
 
 
+def test_a_key_that_is_newer_than_a_run_has_its_default() -> None:
+    lines = to_yaml(load_config(DIGITS)).splitlines(keepends=True)
+    saved = "".join(line for line in lines if "gaussian_steps" not in line)
+    assert len(saved) < len("".join(lines))
+    assert differences(saved, load_config(DIGITS)) == []
+    changed = load_config(DIGITS, ["loss.gaussian_steps=5"])
+    assert differences(saved, changed) == ["loss.gaussian_steps: 0 -> 5"]
+
+
 def test_differences_name_each_key_and_both_values() -> None:
     config = load_config(DIGITS)
     saved = to_yaml(config)

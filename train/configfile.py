@@ -50,8 +50,12 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(saved: str, config: Config) -> list[str]:
-    """Lines "key: saved -> now" for each value of a saved YAML that differs from `config`."""
-    old = _flatten(OmegaConf.to_container(OmegaConf.create(saved)))
+    """Lines "key: saved -> now" for each value of a saved YAML that differs from `config`.
+
+    A key that the saved one does not know is newer than the run, which did as its default does.
+    """
+    defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
+    old = defaults | _flatten(OmegaConf.to_container(OmegaConf.create(saved)))
     new = _flatten(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
     keys = sorted(set(old) | set(new))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
