@@ -29,7 +29,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TABLES = HERE / "bypass_ablation"
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 RATE_SEED = 100
 SHORT = 5  # runs that choose a learning rate have this part of the steps
 
