@@ -45,13 +45,15 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-all": (),  # gate, shown and blend: the defaults
     "bypass-sample": ("fit.shrinkage=none",),
     "bypass-whitened": ("bypass.whiten=true",),
+    "marginal": ("bypass.base=marginal",),
+    "marginal-hidden": ("bypass.base=marginal", HIDDEN),
     "edm-warm": ("precond=edm", "loss.gaussian_steps=150"),
     "edm-classes": ("precond=edm", "data.labels=true"),
     "bypass-classes": ("data.labels=true", "bypass.gaussian=classes"),
     "bypass-mixture": ("bypass.gaussian=mixture", "bypass.components=10"),
     "bypass-truncated": ("loss.sigma_max=10",),
 }
-HEADLINE = ("edm", "bypass-all", "edm-moments", "edm-shown")
+HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ dimension is a quadratic function of three moments of e = D(x, s) - x_0 and e_is
 
     E||D_b - x_0||^2 / D = (1 - w)^2 E e^2 + 2 w (1 - w) E e e_iso + w^2 E e_iso^2.
 
+It is the same with any other denoiser in place of D_iso, and least at w = E e (e - e_iso) / E (e - e_iso)^2.
+
 The table holds them in units of v s^2/(v + s^2), the isotropic denoiser's own error, of which they are
 smooth fractions.
 """
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from gaussnet.fit.streams import Data, subsample
 from gaussnet.hub import register
 from gaussnet.tables import LevelTable
@@ -41,6 +43,7 @@ class MeasuredError(LevelTable):
         generator: torch.Generator | None = None,
         *,
         labels: Tensor | None = None,
+        other: Denoiser | None = None,
     ) -> MeasuredError:
         """Measures a denoiser on noised data that it was not fitted to.
 
@@ -51,6 +54,8 @@ class MeasuredError(LevelTable):
             n_queries: noised samples at each level. Fewer samples get several noises each.
             generator: draws samples and noise.
             labels: integer classes (n,), for a denoiser with classes.
+            other: what the base is blended with; default: the isotropic denoiser of the same mean and
+                variance.
 
         Raises:
             TypeError: if the data are neither an array nor an iterable of batches.
@@ -66,20 +71,35 @@ class MeasuredError(LevelTable):
         own = None if classes is None else classes.to(buffer.device).repeat(repeats)
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
-        isotropic = GaussianDenoiser.isotropic(denoiser.mean, denoiser.variance)
+        if other is None:
+            other = GaussianDenoiser.isotropic(denoiser.mean, denoiser.variance)
+        elif other.event_shape != denoiser.event_shape:
+            shapes = f"{tuple(denoiser.event_shape)} and {tuple(other.event_shape)}"
+            raise ValueError(f"expected two denoisers of one event shape, got {shapes}")
         variance = float(denoiser.variance)
         rows: list[list[float]] = []
         with torch.no_grad():
             for sigma in levels.tolist():
                 x = clean + sigma * noise
                 e = (denoiser(x, sigma, own) - clean).double()
-                e_iso = (isotropic(x, sigma) - clean).double()
+                e_other = (other(x, sigma, own) - clean).double()
                 unit = variance * sigma**2 / (variance + sigma**2)
-                rows.append([float((a * b).mean()) / unit for a, b in ((e, e), (e, e_iso), (e_iso, e_iso))])
+                rows.append(
+                    [float((a * b).mean()) / unit for a, b in ((e, e), (e, e_other), (e_other, e_other))]
+                )
         return cls(levels.to(buffer), torch.tensor(rows, dtype=torch.float64).to(buffer))
 
     def error(self, sigma: Tensor, share: Tensor, variance: Tensor) -> Tensor:
-        """The mean squared error per dimension of a base of which `share` is isotropic; shape of sigma."""
-        own, cross, iso = self(sigma).to(sigma.dtype).unbind(-1)
+        """The mean squared error per dimension of a base of which `share` is the other; shape of sigma."""
+        own, cross, other = self(sigma).to(sigma.dtype).unbind(-1)
         unit = variance * sigma**2 / (variance + sigma**2)
-        return unit * ((1 - share) ** 2 * own + 2 * share * (1 - share) * cross + share**2 * iso)
+        return unit * ((1 - share) ** 2 * own + 2 * share * (1 - share) * cross + share**2 * other)
+
+    def best_share(self, sigma: Tensor) -> Tensor:
+        """The share in [0, 1] of the other denoiser with the least error; shape of sigma."""
+        own, cross, other = self(sigma).to(sigma.dtype).unbind(-1)
+        difference = own - 2 * cross + other
+        return ((own - cross) / difference.clamp_min(_TINY)).clamp(0, 1)
+
+
+_TINY = torch.finfo(torch.float32).tiny

@@ -19,6 +19,10 @@ share of the noise that the Gaussian removes: at the lowest noise, where the Gau
 identity and would only be something for a convolutional network to undo, the base fades to the isotropic
 skip.
 
+With base="marginal", the other half of the blend is D_m of `gaussnet.denoisers.marginal`, the Gaussian
+refined by each pixel's own distribution. Its share w(s) is the one with the least error on held-out data, and
+c_out the root of that error, both from `gaussnet.measured`.
+
 Sigma = sigma_data^2 I and mu = 0 make all of this EDM's preconditioning, term by term: c_skip = v/(v + s^2),
 c_out = s sigma_data/sqrt(v + s^2). Reference: Karras et al. 2022, arXiv 2206.00364, Table 1.
 """
@@ -33,14 +37,14 @@ import torch
 from torch import Tensor, nn
 
 from gaussnet.covariance import Covariance
-from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, Marginals
 from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import build, describe
 from gaussnet.measured import MeasuredError
 from gaussnet.network_denoiser import NetworkDenoiser, check_range, image_shape, range_arguments
 from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, level_dtype, result_dtype
 
-Base = Literal["blend", "gaussian", "isotropic"]
+Base = Literal["blend", "gaussian", "isotropic", "marginal"]
 
 
 class BypassPrecond(NetworkDenoiser):
@@ -48,15 +52,19 @@ class BypassPrecond(NetworkDenoiser):
 
     Args:
         network: called as network(inputs, noise_labels, class_labels), with inputs (B, C', H, W) and
-            noise_labels (B,); returns (B, C, H, W). C' is 2 C with `show_gaussian`, else C.
+            noise_labels (B,); returns (B, C, H, W). C' is C, with `show_gaussian` 2 C, or 3 C where there are
+            marginals.
         gaussian: fitted to the training data; its event shape is that of the model. Or a mixture, which with
             classes makes the base class-conditional; it needs `error`.
         gate: factor of all that is not Gaussian over sigma, in [0, 1]; default: 1 everywhere.
         show_gaussian: whether the network sees D_gauss(x, sigma) as additional channels, which lets it undo
-            a global linear map that convolutions cannot compute.
-        base: "blend" as above; "gaussian", w = 0; "isotropic", w = 1, EDM's skip about the data's moments.
+            a global linear map that convolutions cannot compute; and D_m(x, sigma), where there is one.
+        base: "blend" and "marginal" as above; "gaussian", w = 0; "isotropic", w = 1, EDM's skip about the
+            data's moments.
         whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of c_in (x - mu).
-        error: the base's error measured on held-out data, in place of the closed form.
+        marginals: with base="marginal", fitted to the training data.
+        error: the base's error measured on held-out data, in place of the closed form. With marginals,
+            `MeasuredError.fit(gaussian, heldout, other=MarginalDenoiser(gaussian, marginals))`.
         gate_tol: where the gate is below it, it is closed. A batch of such levels does without the network.
         sigma_data: with base="isotropic": D_iso, c_in and c_out are EDM's, about 0 with this deviation.
         sigma_min: lowest level that the network was made for.
@@ -76,6 +84,7 @@ class BypassPrecond(NetworkDenoiser):
         base: Base = "blend",
         *,
         whiten: bool = False,
+        marginals: Marginals | None = None,
         error: MeasuredError | None = None,
         gate_tol: float = 0.01,
         sigma_data: float | None = None,
@@ -84,12 +93,14 @@ class BypassPrecond(NetworkDenoiser):
     ) -> None:
         super().__init__()
         channels = gaussian.event_shape[0]
-        for name, expected in (("in_channels", channels * (1 + show_gaussian)), ("out_channels", channels)):
+        shown = show_gaussian * (1 + (marginals is not None))
+        for name, expected in (("in_channels", channels * (1 + shown)), ("out_channels", channels)):
             got = getattr(network, name, expected)
             if got != expected:
                 raise ValueError(
                     f"expected a network with {name}={expected} for events of shape "
-                    f"{tuple(gaussian.event_shape)} and show_gaussian={show_gaussian}, got {name}={got}"
+                    f"{tuple(gaussian.event_shape)} and show_gaussian={show_gaussian}"
+                    f"{', with marginals' * (marginals is not None)}, got {name}={got}"
                 )
         if not float(gaussian.variance) > 0:
             raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
@@ -105,6 +116,17 @@ class BypassPrecond(NetworkDenoiser):
                     "expected a network with label_dropout=0 in a class-conditional base, got "
                     f"{network.label_dropout}: drop labels before the model, where both of them see it"
                 )
+        if (base == "marginal") != (marginals is not None):
+            raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
+        if marginals is not None:
+            if error is None or not isinstance(gaussian, GaussianDenoiser):
+                raise ValueError(
+                    "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
+                    f"got a {type(gaussian).__name__} and error={error}"
+                )
+            if marginals.event_shape != gaussian.event_shape:
+                shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
+                raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
         if not 0 <= gate_tol < 1:
             raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
         if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):
@@ -114,6 +136,7 @@ class BypassPrecond(NetworkDenoiser):
         self.model = network
         self.gaussian = gaussian
         self.gate = gate
+        self.marginals = marginals
         self.error = error
         self.show_gaussian = show_gaussian
         self.base = base
@@ -193,19 +216,21 @@ class BypassPrecond(NetworkDenoiser):
         # In training, every process of a group has to go through its network.
         if self.gate is not None and not self.training and known_true((g == 0).all()):
             return gaussian
+        other = self._other(x, level, gaussian)
         inputs = self._inputs(x, level)
         if self.show_gaussian:
-            inputs = torch.cat([inputs, gaussian], dim=1)  # (B, 2 C, H, W)
+            shown = [gaussian] if self.marginals is None else [gaussian, other]
+            inputs = torch.cat([inputs, *shown], dim=1)  # (B, 2 C or 3 C, H, W)
         output = self._evaluate(inputs, torch.log(level) / 4, class_labels, augment_labels)
         share = self._share(level, g)
         residual = expand_as_event(g * self._c_out(level, share), len(self.event_shape)) * output
-        return (self._blend(x, level, gaussian, share) + residual).to(dtype)
+        return (self._blend(gaussian, other, share) + residual).to(dtype)
 
     def untrained(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """The base: what the model is without its network. Arguments as in `forward`."""
         level = as_sigma(sigma, x, self._batch_shape(x), result_dtype(x))
-        share = self._share(level, self._open(level))
-        return self._blend(x, level, self.gaussian(x, level, class_labels), share)
+        gaussian = self.gaussian(x, level, class_labels)
+        return self._blend(gaussian, self._other(x, level, gaussian), self._share(level, self._open(level)))
 
     def c_out(self, sigma: Sigma) -> Tensor:
         """The root mean squared error per dimension of the base, and scale of the network; shape of sigma."""
@@ -243,6 +268,9 @@ class BypassPrecond(NetworkDenoiser):
             return torch.zeros_like(level)
         if self.base == "isotropic":
             return g
+        if self.base == "marginal":
+            assert self.error is not None
+            return g * self.error.best_share(level)
         noise = level**2
         if self.error is not None:
             w = (
@@ -274,15 +302,19 @@ class BypassPrecond(NetworkDenoiser):
         mean, v = self._moments(level.dtype)
         return expand_as_event(torch.rsqrt(v + level**2), len(self.event_shape)) * (x.to(level.dtype) - mean)
 
-    def _blend(self, x: Tensor, level: Tensor, gaussian: Tensor, share: Tensor) -> Tensor:
-        if self.base == "gaussian":
-            return gaussian
+    def _other(self, x: Tensor, level: Tensor, gaussian: Tensor) -> Tensor:
+        """What the Gaussian's estimate is blended with: the isotropic one, or that of the marginals."""
+        if self.marginals is not None:
+            assert isinstance(self.gaussian, GaussianDenoiser)
+            return self.marginals.refine(self.gaussian, gaussian, level)
         mean, v = self._moments(gaussian.dtype)
         c_skip = expand_as_event(v / (v + level**2), len(self.event_shape))
-        isotropic = mean + c_skip * (x.to(gaussian.dtype) - mean)
-        return torch.lerp(
-            gaussian, isotropic, expand_as_event(share, len(self.event_shape)).expand_as(gaussian)
-        )
+        return mean + c_skip * (x.to(gaussian.dtype) - mean)
+
+    def _blend(self, gaussian: Tensor, other: Tensor, share: Tensor) -> Tensor:
+        if self.base == "gaussian":
+            return gaussian
+        return torch.lerp(gaussian, other, expand_as_event(share, len(self.event_shape)).expand_as(gaussian))
 
     def to_arguments(self) -> dict[str, Any]:
         return {
@@ -292,6 +324,7 @@ class BypassPrecond(NetworkDenoiser):
             "show_gaussian": self.show_gaussian,
             "base": self.base,
             "whiten": self.whiten,
+            "marginals": None if self.marginals is None else describe(self.marginals),
             "error": None if self.error is None else describe(self.error),
             "gate_tol": self.gate_tol,
             "sigma_data": self.sigma_data,
@@ -301,8 +334,9 @@ class BypassPrecond(NetworkDenoiser):
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
         options = {**arguments, "sigma_max": arguments["sigma_max"] or math.inf}
-        for name in ("network", "gaussian", "gate", "error"):
-            options[name] = None if options[name] is None else build(options[name])
+        for name in ("network", "gaussian", "gate", "marginals", "error"):
+            described = options.get(name)  # older models do not tell of marginals
+            options[name] = None if described is None else build(described)
         return cls(**options)
 
 

@@ -27,6 +27,7 @@ from gaussnet import (
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     GuidedDenoiser,
+    MarginalDenoiser,
     PatchDenoiser,
     PCALocalDenoiser,
     SongUNet,
@@ -52,7 +53,7 @@ ANALYTIC = (
 )
 LOCAL = ("pca-local", "patch-ls", "patch-els")
 NETWORKS = ("edm", "bypass", "vp", "ve", "iddpm")
-DENOISERS = (*ANALYTIC, *LOCAL, "guided", *NETWORKS)
+DENOISERS = (*ANALYTIC, *LOCAL, "marginal", "guided", *NETWORKS)
 LABELLED = ("mixture-classes", "delta-classes")
 
 
@@ -188,6 +189,8 @@ def _denoiser(name: str, dtype: torch.dtype) -> Denoiser:
             return PatchDenoiser(data[:300], sizes=(1, 3, 15), sigmas=(0.05, 0.5, 5.0))
         case "patch-els":
             return PatchDenoiser(data[:20], sizes=3, equivariant=True)
+        case "marginal":
+            return MarginalDenoiser.fit(data)
         case "guided":
             mixture = GaussianMixtureDenoiser.fit(data, n_components=5, rank=8)
             return GuidedDenoiser(mixture, GaussianDenoiser.fit(data, rank=10), w=1.5)

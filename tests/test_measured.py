@@ -40,6 +40,28 @@ def test_of_a_gaussian_on_its_own_data_it_is_the_closed_form(sigma: float, share
         assert measured == pytest.approx(bayes, rel=0.01)
 
 
+def test_the_best_share_has_the_least_error() -> None:
+    data = train_digits()
+    gaussian, other = GaussianDenoiser.fit(data), GaussianMixtureDenoiser.fit(data, 5)
+    table = fitted(gaussian, held_out_digits(), other=other)
+    for sigma in LEVELS:
+        level = torch.tensor(sigma, dtype=torch.float64)
+        best = table.best_share(level)
+        errors = [float(table.error(level, best + step, gaussian.variance)) for step in (0.0, -0.02, 0.02)]
+        inside = 0.02 < best < 0.98
+        assert not inside or errors[0] < min(errors[1:]), sigma
+        x = held_out_digits().repeat(6, 1, 1, 1)
+        noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).double()
+        blend = torch.lerp(gaussian(noisy, sigma), other(noisy, sigma), best)
+        assert float((blend - x).square().mean()) == pytest.approx(errors[0], rel=0.03), sigma
+
+
+def test_another_event_shape_of_the_other_is_refused() -> None:
+    gaussian = GaussianDenoiser.fit(train_digits())
+    with pytest.raises(ValueError, match=r"one event shape, got \(1, 8, 8\) and \(64,\)"):
+        fitted(gaussian, held_out_digits(), other=GaussianDenoiser.fit(train_digits().flatten(1)))
+
+
 @pytest.mark.parametrize("count", [5, 360])
 @pytest.mark.parametrize("classes", [False, True])
 def test_of_a_mixture_it_is_its_error(count: int, classes: bool) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    MarginalDenoiser,
+    Marginals,
     MeasuredError,
     SongUNet,
     count_nfe,
@@ -389,7 +392,7 @@ def test_measured_error_takes_the_place_of_the_closed_form() -> None:
     gaussian = GaussianDenoiser.fit(data, shrinkage="none")  # its own error is far too small
     error = MeasuredError.fit(gaussian, heldout[::2], generator=torch.Generator().manual_seed(0))
     fresh = heldout[1::2]
-    for base in get_args(Base):
+    for base in ("blend", "gaussian", "isotropic"):
         model = bypass(gaussian, GATE, base=base, error=error)
         for sigma in (0.02, 0.1, 0.5, 2.0, 20.0):
             x = fresh + sigma * randn(*fresh.shape, seed=4)
@@ -398,6 +401,80 @@ def test_measured_error_takes_the_place_of_the_closed_form() -> None:
 
 
 # Other bases --------------------------------------------------------------------------------------
+
+
+@cache
+def measured_marginals(count: int) -> tuple[MarginalDenoiser, MeasuredError]:
+    """Of some digits, measured on every other held-out one."""
+    refined = MarginalDenoiser.fit(train_digits(torch.float32)[:count])
+    heldout, generator = held_out_digits(torch.float32)[::2], torch.Generator().manual_seed(0)
+    return refined, MeasuredError.fit(refined.gaussian, heldout, generator=generator, other=refined)
+
+
+def with_marginals(
+    gate: Gate | None = None, show_gaussian: bool = True, awake: bool = True, count: int = 1437
+) -> tuple[BypassPrecond, MarginalDenoiser]:
+    """A bypass of digits with base="marginal", and its analytic half."""
+    refined, error = measured_marginals(count)
+    net = tiny_unet(awake, in_channels=1 + 2 * show_gaussian)
+    model = BypassPrecond(
+        net, refined.gaussian, gate, show_gaussian, "marginal", marginals=refined.marginals, error=error
+    )
+    return model.eval(), refined
+
+
+@pytest.mark.parametrize("count", [100, 1437])
+def test_marginal_base_is_the_best_blend_and_knows_its_error(count: int) -> None:
+    model, refined = with_marginals(GATE, count=count)
+    fresh = held_out_digits(torch.float32)[1::2]
+    for sigma in (0.02, 0.1, 0.5, 2.0, 20.0):
+        x = fresh + sigma * randn(*fresh.shape, seed=4, dtype=torch.float32)
+        base = model.untrained(x, sigma)
+        variance = ((fresh - base) / model.c_out(sigma)).square().mean()
+        assert float(variance) == pytest.approx(1, abs=0.2), sigma
+        ungated = with_marginals(count=count)[0].untrained(x, sigma)
+        least = min(float((d(x, sigma) - fresh).square().mean()) for d in (refined, refined.gaussian))
+        assert float((ungated - fresh).square().mean()) <= 1.05 * least, sigma
+
+
+@sigmas
+@shown
+def test_marginal_base_untrained_gated_and_seen(sigma: float, show_gaussian: bool) -> None:
+    model, refined = with_marginals(GATE, show_gaussian, awake=False)
+    x = noised(sigma, dtype=torch.float32)
+    torch.testing.assert_close(model(x, sigma), model.untrained(x, sigma), rtol=1e-5, atol=1e-6)
+    closed = with_marginals(Gate.step(sigma / 2), show_gaussian)[0]
+    assert closed(x, sigma).equal(refined.gaussian(x, sigma))
+    net = Recorder()
+    model.model = net
+    model(x, sigma)
+    assert net.calls[0][0].shape[1] == 1 + 2 * show_gaussian
+    if show_gaussian:
+        assert net.calls[0][0][:, 1:2].equal(refined.gaussian(x, sigma))
+        torch.testing.assert_close(net.calls[0][0][:, 2:], refined(x, sigma), rtol=1e-6, atol=1e-6)
+
+
+def test_marginal_base_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, _ = with_marginals(GATE)
+    model.save_pretrained(tmp_path)
+    x = noised(0.3, dtype=torch.float32)
+    assert from_pretrained(tmp_path)(x, 0.3).equal(model(x, 0.3))
+
+
+def test_marginals_that_do_not_fit_are_refused() -> None:
+    model, refined = with_marginals()
+    gaussian, own, error = refined.gaussian, refined.marginals, model.error
+    with pytest.raises(ValueError, match="marginals with base='marginal', and only then, got base='blend'"):
+        BypassPrecond(tiny_unet(in_channels=3), gaussian, marginals=own, error=error)
+    with pytest.raises(ValueError, match="and only then, got base='marginal'"):
+        BypassPrecond(tiny_unet(in_channels=2), gaussian, base="marginal", error=error)
+    with pytest.raises(ValueError, match="got a GaussianDenoiser and error=None"):
+        BypassPrecond(tiny_unet(in_channels=3), gaussian, base="marginal", marginals=own)
+    with pytest.raises(ValueError, match=r"in_channels=3 .* with marginals, got in_channels=2"):
+        BypassPrecond(tiny_unet(in_channels=2), gaussian, base="marginal", marginals=own, error=error)
+    other = Marginals.fit(torch.randn(9, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"of one event shape, got \(1, 8, 8\) and \(1, 4, 4\)"):
+        BypassPrecond(tiny_unet(in_channels=3), gaussian, base="marginal", marginals=other, error=error)
 
 
 @sigmas
@@ -455,7 +532,7 @@ def test_options_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"label_dropout=0 in a class-conditional base, got 0.1"):
         bypass(mixture, error=error, label_dim=10, label_dropout=0.1)
     gaussian = denoiser("isotropic")
-    with pytest.raises(ValueError, match="base to be one of blend, gaussian, isotropic, got 'edm'"):
+    with pytest.raises(ValueError, match="base to be one of blend, gaussian, isotropic, marginal, got 'edm'"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, base="edm")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="0 <= gate_tol < 1, got 1"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, gate_tol=1)

@@ -128,7 +128,8 @@ def test_overrides_win_over_the_file() -> None:
         ("loss.P_std=0", r"loss\.P_std"),
         ("loss.label_dropout=0.1", r"data\.labels: expected true: the run uses classes, got False"),
         ("bypass.gaussian=classes", r"data\.labels: expected true"),
-        ("bypass.base=edm", r"bypass\.base: expected one of blend, gaussian, isotropic, got edm"),
+        ("bypass.base=marginal bypass.gaussian=mixture", r"another one with bypass\.gaussian=mixture"),
+        ("bypass.base=edm", r"bypass\.base: expected one of blend, gaussian, isotropic, marginal, got edm"),
         ("network.name=UNet", r"network\.name: expected one of SongUNet, DhariwalUNet, DiT, MLP, got UNet"),
         ("network.arguments.width=3", r"network\.arguments: expected keys among .*model_channels.*got width"),
         ("network.arguments.in_channels=3", r"network\.arguments: expected keys among .*got in_channels"),
@@ -143,7 +144,7 @@ def test_overrides_win_over_the_file() -> None:
 )
 def test_impossible_values_are_errors_that_name_the_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(DIGITS, [override])
+        load_config(DIGITS, override.split())
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ Every dataclass checks its own values: an impossible one is an error that names 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any, get_args
 
@@ -121,7 +123,7 @@ class BypassConfig:
     gate: bool = True
     gate_tol: float = 0.01
     show_gaussian: bool = True
-    base: str = "blend"  # or gaussian, isotropic
+    base: str = "blend"  # or gaussian, isotropic, marginal
     whiten: bool = False
     gaussian: BypassBase = BypassBase.gaussian
     components: int = 10
@@ -129,6 +131,8 @@ class BypassConfig:
     def __post_init__(self) -> None:
         bases = get_args(Base)
         expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
+        one = self.base != "marginal" or self.gaussian is BypassBase.gaussian
+        expect("bypass.base", self.base, one, f"another one with bypass.gaussian={self.gaussian.value}")
         expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
         expect("bypass.components", self.components, self.components >= 1, ">= 1")
 
@@ -324,9 +328,23 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        for key, value in _leaves(self):
+            expect(key, value, not isinstance(value, float) or math.isfinite(value), "a finite number")
         expect("seed", self.seed, self.seed >= 0, ">= 0")
         needs = self.bypass.gaussian is BypassBase.classes or self.loss.label_dropout > 0
         expect("data.labels", self.data.labels, self.data.labels or not needs, "true: the run uses classes")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of a configuration; those of a list share its key."""
+    if is_dataclass(value) or isinstance(value, dict):
+        for name, part in (value if isinstance(value, dict) else vars(value)).items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part, key)
+    else:
+        yield key, value
 
 
 def expect(key: str, value: object, holds: bool, expected: str) -> None:

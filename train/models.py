@@ -20,6 +20,8 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    MarginalDenoiser,
+    Marginals,
     MeasuredError,
 )
 from gaussnet.gate import SIGMAS
@@ -53,6 +55,7 @@ class Wrapping:
 
     base: GaussianDenoiser | GaussianMixtureDenoiser
     gate: Gate | None = None
+    marginals: Marginals | None = None
     error: MeasuredError | None = None
 
 
@@ -117,7 +120,6 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
     images, labels = data.train.to_float(raw).to(device), classes if data.n_classes else None
     groups = None if data.groups is None else data.groups[index]
     base: GaussianDenoiser | GaussianMixtureDenoiser = analytic.gaussian
-    error = None
     if options.gaussian is not BypassBase.gaussian:
         by_class = options.gaussian is BypassBase.classes
         try:
@@ -133,19 +135,25 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
         except ValueError as problem:
             raise ConfigError(f"bypass.gaussian: {problem}") from problem
         base = base.to(device)
+    marginals = other = error = None
+    if options.base == "marginal":
+        marginals = Marginals.fit(images).to(device)
+        other = MarginalDenoiser(analytic.gaussian, marginals)
+    if other is not None or base is not analytic.gaussian:
         heldout, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
         error = MeasuredError.fit(
             base,
             data.heldout.to_float(heldout),
             generator=generator_for(config.seed, "error"),
-            labels=classes if by_class else None,
+            labels=classes if options.gaussian is BypassBase.classes else None,
+            other=other,
         )
     gate = None
     if options.gate:
         gate = fit_gate(config, base, images, labels, accelerator)
     if config.loss.sigma_max is not None:  # the network never sees what is above
         gate = gate.cut(config.loss.sigma_max) if gate is not None else Gate.step(config.loss.sigma_max)
-    return Wrapping(base, None if gate is None else gate.to(device), error)
+    return Wrapping(base, None if gate is None else gate.to(device), marginals, error)
 
 
 def fit_gate(
@@ -183,7 +191,7 @@ def build_network(config: Config, data: Data) -> nn.Module:
     plain = _network(config, data, channels)
     if config.precond is not Precond.bypass or not config.bypass.show_gaussian:
         return plain
-    network = _network(config, data, 2 * channels)
+    network = _network(config, data, (3 if config.bypass.base == "marginal" else 2) * channels)
     weights = plain.state_dict()
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -221,6 +229,7 @@ def wrap(config: Config, network: nn.Module, wrapping: Wrapping) -> BypassPrecon
             options.show_gaussian,
             cast(Base, options.base),
             whiten=options.whiten,
+            marginals=wrapping.marginals,
             error=wrapping.error,
             gate_tol=options.gate_tol,
         )

@@ -5,6 +5,7 @@ from gaussnet.denoisers.delta import DeltaDenoiser
 from gaussnet.denoisers.far_field import FarFieldDenoiser
 from gaussnet.denoisers.gaussian import GaussianDenoiser
 from gaussnet.denoisers.guided import GuidedDenoiser
+from gaussnet.denoisers.marginal import MarginalDenoiser, Marginals
 from gaussnet.denoisers.mixture import GaussianMixtureDenoiser
 from gaussnet.denoisers.patch import LocalDenoiser, PatchDenoiser
 from gaussnet.denoisers.pca_local import PCALocalDenoiser
@@ -18,6 +19,8 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "GuidedDenoiser",
     "LocalDenoiser",
+    "MarginalDenoiser",
+    "Marginals",
     "PCALocalDenoiser",
     "PatchDenoiser",
     "PosteriorCovariance",

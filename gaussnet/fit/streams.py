@@ -72,6 +72,17 @@ def process_sum(x: Tensor) -> Tensor:
     return total.to(x.device)
 
 
+def process_cat(x: Tensor) -> Tensor:
+    """The vectors (n,) of all processes one after the other, in the order of their ranks."""
+    rank, world = process_rank()
+    sizes = torch.zeros(world, dtype=torch.float64)
+    sizes[rank] = len(x)
+    sizes = process_sum(sizes).long().tolist()
+    joined = x.new_zeros(sum(sizes))
+    joined[sum(sizes[:rank]) :][: len(x)] = x
+    return process_sum(joined)
+
+
 def batches(data: Data) -> Iterator[tuple[Tensor, Any]]:
     """Batches of samples, and what came with each; arrays are cut into chunks, with None.
 
@@ -121,7 +132,7 @@ def subsample(
 
     Raises:
         TypeError: as of `batches`.
-        ValueError: if there are no data, or the labels do not fit them.
+        ValueError: if there are no data, their shapes differ, or the labels do not fit them.
     """
     device = torch.device("cpu") if generator is None else generator.device
     if isinstance(data, (Tensor, np.ndarray)):
@@ -143,6 +154,9 @@ def subsample(
                 slot = size - 1
                 if slot >= count:
                     slot = int(torch.randint(size, (), generator=generator, device=device))
+                if samples and image.shape != samples[0].shape:
+                    shapes = f"{tuple(samples[0].shape)} and {tuple(image.shape)}"
+                    raise ValueError(f"expected samples of one shape, got {shapes}")
                 if slot < count:
                     samples[slot : slot + 1], slots[slot : slot + 1] = [image.clone()], [size - 1]
         if not samples:
