@@ -10,10 +10,11 @@ The mixture is compared, besides, with its formulas written out in (B, K, D) ten
 
 from __future__ import annotations
 
-import argparse
 import math
+from collections.abc import Iterator
 
 import torch
+from results import Record, parser
 from timing import Call, compare, peak_memory
 from torch import Tensor
 
@@ -53,29 +54,19 @@ def written_out(model: GaussianMixtureDenoiser, x: Tensor, sigma: float) -> Tens
     return torch.einsum("bk,bkd->bd", weights, denoised)
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def ratios(record: Record) -> Iterator[list[str]]:
+    """A row for each denoiser and kind of sigma."""
     generator = torch.Generator().manual_seed(0)
-
-    cases: list[tuple[str, Denoiser, Tensor]] = []
+    cases: list[tuple[str, Denoiser, Tensor, str]] = []  # the last: what the ratio should reach
     dense = gaussian(3072, generator)
-    cases.append(("Gaussian, D = r = 3072", dense, dense.covariance.eigvecs.mT))
+    cases.append(("Gaussian, D = r = 3072", dense, dense.covariance.eigvecs.mT, "<= 1.15"))
     many = mixture(100, 784, 64, generator)
-    cases.append(("mixture, K = 100, D = 784, r = 64", many, many.eigvecs.flatten(0, 1)))
-    for count in (15_000, 60_000):
+    cases.append(("mixture, K = 100, D = 784, r = 64", many, many.eigvecs.flatten(0, 1), "<= 1.35"))
+    for count, bound in ((15_000, ""), (60_000, "<= 1.6")):
         data = torch.randn(count, 784, generator=generator) / 2
-        cases.append((f"delta, N = {count}, D = 784", DeltaDenoiser(data), data))
-
-    print("| denoiser, batch 256 | sigma | time over two bare products | extra memory, MB |")
-    print("|---|---|---|---|")
-    for name, model, rows in cases:
+        cases.append((f"delta, N = {count}, D = 784", DeltaDenoiser(data), data, bound))
+    largest: dict[tuple[str, str], float] = {}
+    for name, model, rows, bound in cases:
         dim = rows.shape[1]
         clean = model.data[:BATCH] if isinstance(model, DeltaDenoiser) else torch.randn(BATCH, dim) / 2
         coefficients = torch.rand(BATCH, len(rows), generator=generator)
@@ -86,21 +77,56 @@ def main() -> None:
                 "bare": lambda x=x, rows=rows, back=coefficients: (x @ rows.mT, back @ rows),
                 "ours": lambda model=model, x=x, sigma=sigma: model(x, sigma),
             }
-            times = compare(calls, arguments.repeats)
+            times = compare(calls, record.options.repeats)
+            ratio = record.number(
+                f"{name}, sigma {label}: time",
+                times["ours"] / times["bare"],
+                bound,
+                "its two matrix products",
+            )
+            largest[name, bound] = max(largest.get((name, bound), 0.0), ratio)
             memory = peak_memory(calls["ours"])
-            print(f"| {name} | {label} | {times['ours'] / times['bare']:.2f} | {memory:.0f} |", flush=True)
+            if name.startswith("delta, N = 60000"):
+                record.number(f"{name}, sigma {label}: memory", memory, "<= 150", unit="MB")
+            yield [name, label, f"{ratio:.2f}", f"{memory:.0f}"]
+    for (name, bound), ratio in largest.items():
+        if bound:
+            what = f"{name}: time, the largest over sigma"
+            record.number(what, ratio, bound, "its two matrix products", headline=True)
 
+
+def against_formulas(record: Record) -> None:
+    """The mixture, and its formulas in (B, K, D) tensors."""
+    generator = torch.Generator().manual_seed(0)
+    many = mixture(100, 784, 64, generator)
     x = torch.randn(BATCH, 784, generator=generator)
-    calls = {"written": lambda: written_out(many, x, 0.5), "ours": lambda: many(x, 0.5)}
-    times = compare(calls, arguments.repeats)
+    calls: dict[str, Call] = {"written": lambda: written_out(many, x, 0.5), "ours": lambda: many(x, 0.5)}
+    times = compare(calls, record.options.repeats)
     memory = {name: peak_memory(call) for name, call in calls.items()}
     difference = (written_out(many, x, 0.5) - many(x, 0.5)).abs().max().item()
-    print(
-        "\nMixture against its formulas in (B, K, D) tensors: "
-        f"{times['written'] / times['ours']:.1f} times faster, {memory['written']:.0f} MB to "
-        f"{memory['ours']:.0f} MB, largest difference {difference:.1e}"
-    )
     assert math.isfinite(difference)
+    against = "its formulas in (B, K, D) tensors"
+    name = "mixture, K = 100, D = 784, r = 64"
+    speed = record.number(
+        f"{name}: times faster", times["written"] / times["ours"], ">= 10", against, headline=True
+    )
+    record.number(f"{name}: peak memory", memory["ours"] / memory["written"], "<= 0.2", against)
+    record.text(
+        f"Mixture against its formulas in (B, K, D) tensors: {speed:.1f} times faster, "
+        f"{memory['written']:.0f} MB to {memory['ours']:.0f} MB, largest difference {difference:.1e}"
+    )
+
+
+def main() -> None:
+    """Prints the table."""
+    made = parser(__doc__)
+    made.add_argument("--repeats", type=int, default=15)
+    record = Record(made.parse_args())
+    torch.set_num_threads(record.options.threads)
+    head = ["denoiser, batch 256", "sigma", "time over two bare products", "extra memory, MB"]
+    record.table(head, ratios(record))
+    against_formulas(record)
+    record.close()
 
 
 if __name__ == "__main__":

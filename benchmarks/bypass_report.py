@@ -1,11 +1,14 @@
 """What the runs of benchmarks/bypass_ablation.py say: tables in Markdown, figures beside them.
 
-    python benchmarks/bypass_report.py          writes benchmarks/bypass_ablation/{report.md, *.png}
+    python benchmarks/bypass_report.py          writes benchmarks/bypass_ablation/{report.md, *.png} and the
+                                                block of docs/evidence.md
 
 All from the tables in benchmarks/bypass_ablation/. Errors are squared denoising errors per pixel on held-out
 images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log error over
-the levels is that of EDM's last step, as a share of EDM's steps, interpolated in the logarithm of the step.
-Ratios are geometric means over seeds, paired by seed, with 95% intervals by Student's t of their logarithms.
+the levels is that of EDM's last step, as a share of EDM's steps, interpolated in the logarithm of the step;
+"time" is that share times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest
+ratio of errors over the levels, above 1 where an arm is worse than EDM somewhere. Ratios are geometric means
+over seeds, paired by seed, with 95% intervals by Student's t of their logarithms.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from bypass_ablation import ARMS, RATE_SEED, TABLES, TASKS, read
+from bench import replace_block, write
+from bypass_ablation import ARMS, HERE, RATE_SEED, TABLES, TASKS, read
 from scipy import stats
 
 from gaussnet.plots.style import pyplot, save
 
+EVIDENCE = HERE.parent / "docs" / "evidence.md"
+MARKERS = ("<!-- ablation: made by benchmarks/bypass_report.py -->", "<!-- /ablation -->")
 REFERENCE = "edm"
 RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 0.5": (0.0, 0.49)}
+SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
 
 Curve = dict[int, dict[float, float]]  # step -> sigma -> error
 
@@ -83,6 +90,7 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
     if not seeds or len(arms) < 2:
         return ""
     last = max(own[REFERENCE, seeds[0]])
+    costs = {row["arm"]: float(row["cost"]) for row in read(TABLES / "cost.csv") if row["task"] == task}
     sigmas = sorted(own[REFERENCE, seeds[0]][last])
     speeds: list[list[str]] = []
     errors: list[list[str]] = []
@@ -94,19 +102,24 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
             for seed in paired:
                 step = reached(own[arm, seed], level(own[REFERENCE, seed][last], low, high), low, high)
                 logs.append(math.log(step / last) if step > 0 else -math.inf)
+            if not cells:
+                times = [log + math.log(costs.get(arm, math.nan)) for log in logs]
+                cells.append(interval(times) if arm in costs else "-")
             cells.append(interval(logs))
-        if arm != REFERENCE:
-            speeds.append([arm, str(len(paired)), *cells])
         ratios = [
             [math.log(own[arm, seed][last][sigma] / own[REFERENCE, seed][last][sigma]) for seed in paired]
             for sigma in sigmas
         ]
+        if arm != REFERENCE:
+            worst = max(range(len(sigmas)), key=lambda k: np.mean(ratios[k]))
+            where = f"{math.exp(np.mean(ratios[worst])):.3f} (at {sigmas[worst]:g})"
+            speeds.append([arm, str(len(paired)), *cells[1:], cells[0], where])
         if arm == REFERENCE:
             absolute = [np.mean([own[arm, seed][last][sigma] for seed in paired]) for sigma in sigmas]
             errors.append([f"{arm}, error", *(f"{value:.3g}" for value in absolute)])
         else:
             errors.append([f"{arm}, ratio", *(f"{math.exp(np.mean(logs)):.3f}" for logs in ratios)])
-    head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES)]
+    head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
     return "\n\n".join(
         [
             f"## {task}, {last} steps",
@@ -150,7 +163,7 @@ def draw_curves(found: Mapping[tuple[str, str, int], Curve]) -> None:
                     continue
                 steps = sorted(set.intersection(*(set(run) for run in runs)) - {0})
                 means = [np.exp(np.mean([level(run[step], low, high) for run in runs])) for step in steps]
-                bold = arm in ("edm", "bypass-all")
+                bold = arm in ("edm", "bypass-all", "marginal")
                 axis.plot(steps, means, label=arm, color=shade, lw=2.2 if bold else 1.1)
             axis.set(xscale="log", yscale="log", title=f"{task}: {name}", xlabel="step")
             axis.grid(alpha=0.25, which="both")
@@ -172,7 +185,7 @@ def draw_modes(task: str) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
     for axis, sigma in zip(axes, (0.2, 0.5, 1.0), strict=True):
-        for arm in ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all"):
+        for arm in SHOWN:
             points: list[tuple[float, float]] = []
             for (name, own, variance), by_step in found.items():
                 if (name, own) != (arm, sigma):
@@ -192,12 +205,13 @@ def draw_modes(task: str) -> None:
 def main() -> None:
     """Writes report and figures, and prints the report."""
     found = curves()
+    texts = {task: task_text(task, found) for task in TASKS}
     parts = ["# Does the bypass pay?", "    python benchmarks/bypass_report.py"]
-    for task in TASKS:
-        text = task_text(task, found)
-        if text:
-            parts += [text, measures_text(task)]
-    (TABLES / "report.md").write_text("\n\n".join(parts) + "\n")
+    for task, text in texts.items():
+        parts += [part for part in (text, measures_text(task) if text else "") if part]
+    write(TABLES / "report.md", "\n\n".join(parts) + "\n")
+    block = "\n\n".join(text.replace("## ", "### ", 1) for text in texts.values() if text)
+    write(EVIDENCE, replace_block(EVIDENCE.read_text(), MARKERS, f"\n{block}\n"))
     draw_curves(found)
     draw_modes("core")
     print("\n\n".join(parts))

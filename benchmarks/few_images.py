@@ -1,6 +1,6 @@
 """Do cross-validated eigenvalues predict the error of a Gaussian fitted to few images?
 
-    python benchmarks/few_images.py PATH/TO/emoji64.zip
+    python benchmarks/few_images.py --emoji ZIP
 
 Fits Gaussians to 3,266 colour emoji at 32x32 (D = 3,072) and prints the mean squared denoising error per
 pixel on held-out ones, with the error that each Gaussian predicts of itself in brackets. Blocks of 40
@@ -9,14 +9,15 @@ neighbours in the file, among which variants of one image lie, are held out, and
 
 from __future__ import annotations
 
-import argparse
 import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from results import Record, parser
 from torch import Tensor
 
 from gaussnet import GaussianDenoiser
@@ -37,16 +38,16 @@ def load(path: Path) -> Tensor:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", type=Path, help="a zip of 64x64 PNGs")
-    images = load(parser.parse_args().path)
+    made = parser(__doc__)
+    made.add_argument("--emoji", type=Path, required=True, help="a zip of 64x64 PNGs")
+    record = Record(made.parse_args())
+    torch.set_num_threads(record.options.threads)
+    images = load(record.options.emoji)
     block = torch.arange(len(images)) // BLOCK
     held = block % 7 == 6
     train, heldout, groups = images[~held], images[held], block[~held]
     noise = torch.randn(heldout.shape, generator=torch.Generator().manual_seed(0))
-    print(f"{len(train)} training and {len(heldout)} held-out images, D = {train[0].numel()}\n")
+    record.text(f"{len(train)} training and {len(heldout)} held-out images, D = {train[0].numel()}\n")
 
     mean, variance = train.mean(0), train.sub(train.mean(0)).square().mean()
     fitted = {
@@ -61,14 +62,27 @@ def main() -> None:
     sample.covariance.eigvals.copy_(coordinates.square().mean(0))
     fitted["oracle for the axes"] = GaussianDenoiser(sample.mean, sample.covariance)
 
-    print("| sigma | " + " | ".join(map(str, SIGMAS)) + " |")
-    print("|---" * (len(SIGMAS) + 1) + "|")
-    for name, gaussian in fitted.items():
-        cells: list[str] = []
-        for sigma in SIGMAS:
-            error = (gaussian(heldout + sigma * noise, sigma) - heldout).square().mean()
-            cells.append(f"{error:.5f} ({gaussian.bayes_error(sigma):.5f})")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    errors: dict[tuple[str, float], float] = {}
+
+    def rows() -> Iterator[list[str]]:
+        for name, gaussian in fitted.items():
+            cells: list[str] = []
+            for sigma in SIGMAS:
+                error = (gaussian(heldout + sigma * noise, sigma) - heldout).square().mean().item()
+                errors[name, sigma] = error
+                cells.append(f"{error:.5f} ({gaussian.bayes_error(sigma):.5f})")
+            yield [name, *cells]
+
+    record.table(["sigma", *map(str, SIGMAS)], rows())
+    for sigma in SIGMAS:
+        ours = errors["cross-validated", sigma]
+        for other in ("sample eigenvalues", "oracle for the axes"):
+            record.number(
+                f"error at sigma {sigma:g}, cross-validated", ours / errors[other, sigma], against=other
+            )
+        predicted = float(fitted["cross-validated"].bayes_error(sigma))
+        record.number(f"error at sigma {sigma:g}, predicted", predicted / ours, against="measured")
+    record.close()
 
 
 if __name__ == "__main__":

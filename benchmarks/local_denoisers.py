@@ -9,9 +9,10 @@ Fits to 1,200 of scikit-learn's digits (8x8, D = 64) and prints the mean squared
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from results import Record, parser
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -29,44 +30,43 @@ def load() -> Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 
 
-def report(denoisers: Mapping[str, Denoiser], test: Tensor) -> None:
-    """Prints a row for each denoiser."""
+def rows(record: Record, denoisers: Mapping[str, Denoiser], test: Tensor) -> Iterator[list[str]]:
+    """A row for each denoiser."""
     noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
-    print("| sigma | " + " | ".join(map(str, SIGMAS)) + " | ms an image |")
-    print("|---" * (len(SIGMAS) + 2) + "|")
     for name, denoiser in denoisers.items():
         start = time.perf_counter()
         cells: list[str] = []
         for sigma in SIGMAS:
-            error = (denoiser(test + sigma * noise, sigma) - test).square().mean()
+            error = (denoiser(test + sigma * noise, sigma) - test).square().mean().item()
+            record.number(f"{name}: error at sigma {sigma:g}", error)
             cells.append(f"{error:.5f}")
         milliseconds = 1e3 * (time.perf_counter() - start) / (len(SIGMAS) * len(test))
-        print(f"| {name} | " + " | ".join(cells) + f" | {milliseconds:.2f} |", flush=True)
+        yield [name, *cells, f"{milliseconds:.2f}"]
 
 
 def main() -> None:
     """Prints the table."""
+    record = Record(parser(__doc__).parse_args())
+    torch.set_num_threads(record.options.threads)
     images = load()
     train, validation, test = images[:1200], images[1200:1300], images[-120:]
     gaussian = GaussianDenoiser.fit(train)
     generator = torch.Generator().manual_seed(2)
     ls = PatchDenoiser.fit(train, validation, SIGMAS, (1, 3, 5, 7, 9, 15), generator)
     els = PatchDenoiser.fit(train, validation[:16], SIGMAS, (1, 3, 5, 7), generator, equivariant=True)
-    print(f"{len(train)} training and {len(test)} test images, D = 64.")
-    print(f"Patch sizes: LS {ls.patch_sizes.tolist()}, ELS {els.patch_sizes.tolist()}.\n")
-    report(
-        {
-            "delta": DeltaDenoiser(train),
-            "Gaussian": gaussian,
-            "patches, LS": ls,
-            "patches, ELS": els,
-            **{
-                f"PCA locality, t = {t}": PCALocalDenoiser(train, gaussian, t)
-                for t in (0.005, 0.02, 0.05, 0.2)
-            },
-        },
-        test,
-    )
+    record.text(f"{len(train)} training and {len(test)} test images, D = 64.")
+    record.text(f"Patch sizes: LS {ls.patch_sizes.tolist()}, ELS {els.patch_sizes.tolist()}.\n")
+    denoisers: dict[str, Denoiser] = {
+        "delta": DeltaDenoiser(train),
+        "Gaussian": gaussian,
+        "patches, LS": ls,
+        "patches, ELS": els,
+    }
+    for t in (0.005, 0.02, 0.05, 0.2):
+        denoisers[f"PCA locality, t = {t}"] = PCALocalDenoiser(train, gaussian, t)
+    head = ["sigma", *map(str, SIGMAS), "ms an image"]
+    record.table(head, rows(record, denoisers, test))
+    record.close()
 
 
 if __name__ == "__main__":

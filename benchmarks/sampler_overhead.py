@@ -1,6 +1,6 @@
 """What do samplers and teleport cost outside of the network?
 
-    python benchmarks/sampler_overhead.py [--batch 256] [--threads 2]
+    python benchmarks/sampler_overhead.py [--batch 256] [--repeats 7]
 
 The network of configs/cifar10_mini_edm.yaml (untrained: its time does not depend on its weights) and a
 Gaussian of full rank, D = 3,072. All times are from one process, interleaved, as shares of one evaluation of
@@ -10,12 +10,12 @@ history for multistep solvers; then what the bypass adds to an evaluation.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
+from results import Record, parser
 from timing import compare
 from torch import Tensor
 
@@ -49,13 +49,11 @@ def natural_gaussian(generator: torch.Generator) -> GaussianDenoiser:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--batch", type=int, default=256)
+    made.add_argument("--repeats", type=int, default=7)
+    options = made.parse_args()
+    record = Record(options)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +62,7 @@ def main() -> None:
     network = SongUNet(img_resolution=32, in_channels=6, out_channels=3, **arguments).eval()
     model = BypassPrecond(network, gaussian).eval()
     x = 80 * torch.randn(options.batch, *SHAPE, generator=generator)
-    inputs, labels = torch.randn(options.batch, 6, 32, 32), torch.zeros(options.batch)
+    inputs, noise_labels = torch.randn(options.batch, 6, 32, 32), torch.zeros(options.batch)
     sigmas = karras_sigmas(STEPS)
 
     def identity(x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -76,21 +74,37 @@ def main() -> None:
         return lambda: method(identity, x, sigmas, **extra)
 
     calls: dict[str, Any] = {
-        "network": lambda: network(inputs, labels),
+        "network": lambda: network(inputs, noise_labels),
         "model": lambda: model(x, torch.full((options.batch,), 1.0)),
         "jump": lambda: teleport(gaussian, x, sigmas, skip=5),
         "jump with history": lambda: teleport(gaussian, x, sigmas, skip=5, return_history=True),
         **{name: steps_of(name) for name in TIMED},
     }
-    times = compare(calls, options.rounds)
+    times = compare(calls, options.repeats)
     one = times["network"]
-    print(f"Batch {options.batch}, {options.threads} threads, torch {torch.__version__}\n")
-    print("| what | of one evaluation of the network |\n|---|---|")
-    for name in TIMED:
-        print(f"| a step of {name} | {times[name] / STEPS / one:.3%} |")
+    against = "one evaluation of the network"
+    shares = {
+        name: record.number(f"a step of {name}", 100 * times[name] / STEPS / one, "<= 1", against, unit="%")
+        for name in TIMED
+    }
+    record.number(
+        "the dearest step of a solver", max(shares.values()), "<= 1", against, unit="%", headline=True
+    )
     for name in ("jump", "jump with history"):
-        print(f"| {name} | {times[name] / one:.2%} |")
-    print(f"| an evaluation of the bypass model, over that of its network | {times['model'] / one - 1:.2%} |")
+        shares[name] = record.number(name, 100 * times[name] / one, "<= 100", against, unit="%")
+    shares["an evaluation of the bypass model, over that of its network"] = record.number(
+        "an evaluation of the bypass model, beyond its network's",
+        100 * (times["model"] / one - 1),
+        against=against,
+        unit="%",
+    )
+    record.text(f"Batch {options.batch}; one evaluation of the network takes {one:.2f} s.\n")
+    labels = {name: f"a step of {name}" for name in TIMED}
+    record.table(
+        ["what", "of one evaluation of the network"],
+        ([labels.get(name, name), f"{share:.3f}%"] for name, share in shares.items()),
+    )
+    record.close()
 
 
 if __name__ == "__main__":

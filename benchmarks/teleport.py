@@ -1,11 +1,11 @@
 """What does teleport save? Distances to the fine solution and Frechet distances, at equal evaluations.
 
-    python benchmarks/teleport.py MODEL --out CSV [--seeds 512] [--parts rms rho overhead]
-    python benchmarks/teleport.py MODEL --out CSV --parts heun frechet --mnist FOLDER [--samples 10000]
+    python benchmarks/teleport.py [--model FOLDER] [--seeds 512] [--parts rms rho]
+    python benchmarks/teleport.py --model FOLDER --mnist FOLDER --parts rms heun frechet [--samples 10000]
 
-MODEL is a trained bypass model, such as a run of configs/mnist_mini_edm.yaml. Its gate is kept, but never
-closed, so that the rivals pay for every step, as with any other model. For each solver and number of
-evaluations (NFE):
+The model is a trained bypass model: by default that of `make demo`, runs/digits; for Frechet distances, a run
+of configs/mnist_mini_edm.yaml. Its gate is kept, but never closed, so that the rivals pay for every step, as
+with any other model. For each solver and number of evaluations (NFE):
 
     plain      from sigma_max
     afs        the first step free, with the score of a unit Gaussian
@@ -20,16 +20,14 @@ one with the lowest RMS with it at 5 and 7.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import compare
+from results import Record, parser
 from torch import Tensor
 
 from gaussnet import (
@@ -52,7 +50,9 @@ NFES = (4, 5, 6, 7, 8, 9, 10, 12)
 MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "unipc", "deis")
 BATCH = 128
 RHOS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0, 10.0)
-PARTS = ("rms", "rho", "overhead", "heun", "frechet")
+PARTS = ("rms", "rho", "heun", "frechet")
+DIGITS = Path(__file__).parent.parent / "runs" / "digits"
+FEATURES = Path(__file__).parent.parent / "tests" / "fixtures" / "mnist_features"
 
 
 def sample(
@@ -78,9 +78,11 @@ def in_batches(seeds: range, shape: tuple[int, ...]) -> Iterator[Tensor]:
         yield 80 * noise_of(range(start, min(start + BATCH, seeds.stop)), shape)
 
 
-def rms_table(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> list[dict[str, Any]]:
-    """RMS to the fine solution of every solver, start and NFE."""
-    shape = tuple(model.event_shape)
+def rms_rows(
+    record: Record, model: BypassPrecond, gaussian: GaussianDenoiser, rows: list[dict[str, Any]]
+) -> Iterator[list[str]]:
+    """RMS to the fine solution of every solver, start and NFE; appended to the rows."""
+    shape, count = tuple(model.event_shape), record.options.seeds
     states = {"tune": torch.cat(list(in_batches(range(100_000, 100_000 + count // 4), shape)))}
     states["test"] = torch.cat(list(in_batches(range(count), shape)))
     fine = {
@@ -92,39 +94,51 @@ def rms_table(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> l
         pieces = [sample(model, gaussian, x, how, solver, nfe, level) for x in states[part].split(BATCH)]
         return float((torch.cat(pieces) - fine[part]).double().square().mean().sqrt())
 
-    rows: list[dict[str, Any]] = []
-    print(
-        "| solver | NFE | plain | AFS | teleport | level | teleport / plain |\n|---|---|---|---|---|---|---|"
-    )
-    for solver in MULTISTEP:
-        for nfe in NFES:
+    for solver in record.options.solvers:
+        for nfe in record.options.nfes:
             level = min(LEVELS, key=lambda level: rms("tune", "teleport", solver, nfe, level))
             row: dict[str, Any] = {"solver": solver, "NFE": nfe, "level": level}
             for how in ("plain", "afs", "teleport"):
                 row[how] = rms("test", how, solver, nfe, level)
-            row["ratio"] = row["teleport"] / row["plain"]
+                record.number(f"RMS of {solver} at NFE {nfe}, {how}", row[how])
             rows.append(row)
-            numbers = " | ".join(f"{row[how]:.4f}" for how in ("plain", "afs", "teleport"))
-            print(f"| {solver} | {nfe} | {numbers} | {level:g} | {row['ratio']:.2f} |", flush=True)
-    return rows
+            cells = [f"{row[how]:.4f}" for how in ("plain", "afs", "teleport")]
+            yield [solver, str(nfe), *cells, f"{level:g}", f"{row['teleport'] / row['plain']:.2f}"]
 
 
-def rho_table(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> None:
-    """Prints the RMS by the spacing of the grid, over that of the plain solver on EDM's."""
+def promises(record: Record, rows: list[dict[str, Any]], of: str) -> None:
+    """How far the RMS with teleport lies below those without, of a model that is called so."""
+    for solver in ("dpmpp_2m", "unipc"):
+        ratios = {row["NFE"]: row["teleport"] / row["plain"] for row in rows if row["solver"] == solver}
+        asked = [ratios[nfe] for nfe in (6, 8, 10) if nfe in ratios]
+        if asked:
+            record.number(
+                f"RMS of {solver} with teleport, the worst of 6, 8 and 10 evaluations",
+                max(asked),
+                "<= 0.6",
+                f"without teleport; {of}",
+                headline=solver == "unipc",
+            )
+    beaten = [row["teleport"] / row["afs"] for row in rows if 5 <= row["NFE"] <= 12]
+    if beaten:
+        name = "RMS with teleport, the worst of 5 to 12 evaluations and all solvers"
+        record.number(name, max(beaten), "<= 1", f"the first step free (AFS); {of}")
+
+
+def rho_rows(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> Iterator[list[str]]:
+    """The RMS by the spacing of the grid, over that of the plain solver on EDM's."""
     x = torch.cat(list(in_batches(range(100_000, 100_000 + count), tuple(model.event_shape))))
     fine = heun(model, x, karras_sigmas(100))
 
     def rms(images: Tensor) -> float:
         return float((images - fine).double().square().mean().sqrt())
 
-    print("\n| solver | NFE | start | " + " | ".join(f"rho {rho:g}" for rho in RHOS) + " |")
-    print("|---" * (3 + len(RHOS)) + "|")
     for solver in ("dpmpp_2m", "unipc"):
         method: Any = SOLVERS[solver]
         for nfe in (6, 8, 10):
             base = rms(method(model, x, karras_sigmas(nfe)))
             plain = [rms(method(model, x, karras_sigmas(nfe, rho=rho))) / base for rho in RHOS]
-            print(f"| {solver} | {nfe} | 80 | " + " | ".join(f"{ratio:.2f}" for ratio in plain) + " |")
+            yield [solver, str(nfe), "80", *(f"{ratio:.2f}" for ratio in plain)]
             for level in (5.0, 6.0, 8.0):
                 ratios: list[float] = []
                 for rho in RHOS:
@@ -138,47 +152,69 @@ def rho_table(model: BypassPrecond, gaussian: GaussianDenoiser, count: int) -> N
                         return_history=True,
                     )
                     ratios.append(rms(method(model, start, grid, history=history)) / base)
-                cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-                print(f"| {solver} | {nfe} | {level:g} | {cells} |", flush=True)
+                yield [solver, str(nfe), f"{level:g}", *(f"{ratio:.2f}" for ratio in ratios)]
 
 
-def fewer(rows: list[dict[str, Any]]) -> None:
-    """Prints the NFE with which teleport reaches the best RMS without it."""
-    print("\n| NFE without | best RMS without | by | NFE with teleport | RMS | by | fewer |")
-    print("|---|---|---|---|---|---|---|")
-    for nfe in NFES:
+def fewer(record: Record, rows: list[dict[str, Any]], of: str) -> Iterator[list[str]]:
+    """The NFE with which teleport reaches the best RMS without it."""
+    against, least = f"the best solver without; {of}", 100.0
+
+    def asked(nfe: int) -> str:
+        return ">= 30" if nfe >= 6 else ""
+
+    for nfe in record.options.nfes:
         best = min((row for row in rows if row["NFE"] == nfe), key=lambda row: row["plain"])
         reach = [row for row in rows if row["teleport"] <= best["plain"]]
-        if not reach:
+        without = [str(nfe), f"{best['plain']:.4f}", best["solver"]]
+        if not reach:  # of the numbers of evaluations that were tried
+            least = 0.0 if nfe >= 6 else least
+            record.number(
+                f"evaluations saved by teleport, of {nfe} at equal RMS", 0.0, asked(nfe), against, unit="%"
+            )
+            yield [*without, "-", "-", "-", "none"]
             continue
         ours = min(reach, key=lambda row: (row["NFE"], row["teleport"]))
-        print(
-            f"| {nfe} | {best['plain']:.4f} | {best['solver']} | {ours['NFE']} | {ours['teleport']:.4f} "
-            f"| {ours['solver']} | {1 - ours['NFE'] / nfe:.0%} |"
+        saved = record.number(
+            f"evaluations saved by teleport, of {nfe} at equal RMS",
+            100 * (1 - ours["NFE"] / nfe),
+            asked(nfe),
+            against,
+            unit="%",
         )
+        least = min(least, saved) if nfe >= 6 else least
+        yield [*without, str(ours["NFE"]), f"{ours['teleport']:.4f}", ours["solver"], f"{saved:.0f}%"]
+    if max(record.options.nfes) >= 6:
+        what = f"evaluations saved by teleport at equal RMS, the least of 6 to {max(record.options.nfes)}"
+        record.number(what, least, ">= 30", against, unit="%", headline=True)
 
 
-def frechet_table(
-    model: BypassPrecond, gaussian: GaussianDenoiser, rows: list[dict[str, Any]], options: argparse.Namespace
-) -> None:
-    """Prints Frechet distances of samples: plain skips, and the solvers that the RMS says are best."""
-    extractor = load_extractor(options.features)
-    images = open_images(options.mnist)
-    pad = (model.event_shape[-1] - images.event_shape[-1]) // 2
-    reference = FeatureStatistics.fit(extract_features(extractor, images.padded(pad).batches(512)))
-    shape = tuple(model.event_shape)
+def cases_of(options: Any, rows: list[dict[str, Any]]) -> list[tuple[str, str, int, float, int | None]]:
+    """Solver, start, NFE, level of the jump and steps skipped of what Frechet distances are measured of."""
     cases: list[tuple[str, str, int, float, int | None]] = []
     if "heun" in options.parts:
         cases += [("heun", "plain", 35, 0.0, None)]
-        cases += [("heun", "skip", 35 - 2 * skip, 0.0, skip) for skip in options.skips]
+        cases += [("heun", f"skip {skip}", 35 - 2 * skip, 0.0, skip) for skip in options.skips]
     # 30% fewer, rounded to the better side
     for nfe, fewer_nfe in ((8, 5), (10, 7)) if "frechet" in options.parts else ():
         best = min((row for row in rows if row["NFE"] == nfe), key=lambda row: row["plain"])
         cases.append((best["solver"], "plain", nfe, 0.0, None))
         ours = min((row for row in rows if row["NFE"] == fewer_nfe), key=lambda row: row["teleport"])
         cases += [(ours["solver"], how, fewer_nfe, ours["level"], None) for how in ("afs", "teleport")]
-    print("\n| solver | start | NFE | Frechet distance | 95% interval |\n|---|---|---|---|---|")
-    for solver, how, nfe, level, skip in cases:
+    return cases
+
+
+def frechet_rows(
+    record: Record, model: BypassPrecond, gaussian: GaussianDenoiser, rows: list[dict[str, Any]]
+) -> Iterator[list[str]]:
+    """Frechet distances of samples: plain skips, and the solvers that the RMS says are best."""
+    options = record.options
+    extractor = load_extractor(FEATURES)
+    images = open_images(options.mnist)
+    pad = (model.event_shape[-1] - images.event_shape[-1]) // 2
+    reference = FeatureStatistics.fit(extract_features(extractor, images.padded(pad).batches(512)))
+    shape = tuple(model.event_shape)
+    found: dict[tuple[str, int], float] = {}
+    for solver, how, nfe, level, skip in cases_of(options, rows):
         features: list[Tensor] = []
         for x in in_batches(range(options.samples), shape):
             if skip is None:
@@ -190,86 +226,81 @@ def frechet_table(
         interval = frechet_interval(
             torch.cat(features), reference, draws=50, generator=torch.Generator().manual_seed(0)
         )
-        start = how if skip is None else f"skip {skip}"
+        found[how, nfe] = record.number(f"Frechet distance of {solver}, {how}, NFE {nfe}", interval.value)
         bounds = f"{interval.low:.3f} to {interval.high:.3f}"
-        print(f"| {solver} | {start} | {nfe} | {interval.value:.3f} | {bounds} |", flush=True)
+        yield [solver, how, str(nfe), f"{interval.value:.3f}", bounds]
+    compare_frechet(record, found)
 
 
-def overhead(model: BypassPrecond, gaussian: GaussianDenoiser) -> None:
-    """Prints what a step and a jump cost outside of the network."""
-    x = 80 * torch.randn(BATCH, *model.event_shape)
-    grid = karras_sigmas(18)
-    level = torch.full((BATCH,), 5.0)
-
-    def zero(x: Tensor, sigma: Tensor) -> Tensor:
-        return x
-
-    calls: dict[str, Any] = {
-        "network": lambda: model(x, level),
-        "jump": lambda: teleport(gaussian, x, grid, skip=5),
-    }
-    timed: tuple[str, ...] = ("heun", "dpmpp_2m", "unipc")
-    for name in timed:
-        method: Any = SOLVERS[name]
-        calls[name] = lambda method=method: method(zero, x, grid)
-    times = compare(calls, 7)
-    steps = {name: times[name] / 18 / times["network"] for name in timed}
-    told = ", ".join(f"{name} {share:.2%}" for name, share in steps.items())
-    print(f"\nA step outside of the network, batch {BATCH}: {told} of an evaluation;")
-    print(f"a jump takes {times['jump'] / times['network']:.1%} of one")
+def compare_frechet(record: Record, found: Mapping[tuple[str, int], float]) -> None:
+    """How far teleport changes the Frechet distances, by start and NFE."""
+    if "heun" in record.options.parts:
+        for skip in record.options.skips:
+            change = 100 * abs(found[f"skip {skip}", 35 - 2 * skip] / found["plain", 35] - 1)
+            record.number(
+                f"change of the Frechet distance by skipping {skip} of Heun's 18 steps",
+                change,
+                "<= 3" if skip == 5 else "",
+                f"no skip; {record.options.samples} samples",
+                unit="%",
+                headline=skip == 5,
+            )
+    if "frechet" in record.options.parts:
+        for nfe, fewer_nfe in ((8, 5), (10, 7)):
+            record.number(
+                f"Frechet distance of {fewer_nfe} evaluations with teleport",
+                found["teleport", fewer_nfe] / found["plain", nfe],
+                "<= 1",
+                f"{nfe} evaluations without",
+            )
 
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--seeds", type=int, default=512)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rms", "overhead"])
-    parser.add_argument("--samples", type=int, default=10_000, help="of Frechet distances")
-    parser.add_argument("--skips", type=int, nargs="*", default=[5], help="of Heun's 18 steps")
-    parser.add_argument("--mnist", help="folder of MNIST's files")
-    parser.add_argument("--features", default="tests/fixtures/mnist_features")
-    parser.add_argument("--out", type=Path, required=True, help="the RMS table as CSV")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--model", default=DIGITS, help="folder of a trained bypass model")
+    made.add_argument("--mnist", help="folder of MNIST's files, for Frechet distances")
+    made.add_argument("--seeds", type=int, default=512)
+    made.add_argument("--solvers", nargs="+", choices=MULTISTEP, default=MULTISTEP)
+    made.add_argument("--nfes", nargs="+", type=int, default=NFES)
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=["rms"])
+    made.add_argument("--samples", type=int, default=10_000, help="of Frechet distances")
+    made.add_argument("--skips", type=int, nargs="*", default=[5], help="of Heun's 18 steps")
+    options = made.parse_args()
+    if "frechet" in options.parts and not ("rms" in options.parts and {5, 7, 8, 10} <= set(options.nfes)):
+        made.error("the part frechet needs rms at 5, 7, 8 and 10 evaluations")
+    record = Record(options)
     torch.set_num_threads(options.threads)
     model = from_pretrained(options.model)
     assert isinstance(model, BypassPrecond)
     gaussian = model.gaussian
     assert isinstance(gaussian, GaussianDenoiser)
     torch.set_grad_enabled(False)
-    closed = model.sigma_gate
     with count_nfe(model) as nfe:
         heun(model, 80 * torch.randn(1, *model.event_shape), karras_sigmas(18))
-    print(
-        f"sigma_gate {closed:.3g}: Heun's 35 evaluations are {nfe()} unasked. Below, the gate never closes.\n"
-    )
+    size = " x ".join(map(str, model.event_shape))
+    record.text(f"Images of {size}, {options.seeds} seeds. sigma_gate is {model.sigma_gate:.3g}: Heun's 35")
+    record.text(f"evaluations are {nfe()} unasked. Below, the gate never closes.\n")
     model.gate_tol = 0.0
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
     if "rms" in options.parts:
-        rows = rms_table(model, gaussian, options.seeds)
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        fewer(rows)
-    elif "frechet" in options.parts:
-        with options.out.open(newline="") as file:
-            rows = [
-                {name: cell if name == "solver" else float(cell) for name, cell in row.items()}
-                | {"NFE": int(row["NFE"])}
-                for row in csv.DictReader(file)
-            ]
+        head = ["solver", "NFE", "plain", "AFS", "teleport", "level", "teleport / plain"]
+        record.table(head, rms_rows(record, model, gaussian, rows))
+        promises(record, rows, f"a model of {size}")
+        head = ["NFE without", "best RMS without", "by", "NFE with teleport", "RMS", "by", "fewer"]
+        record.table(head, fewer(record, rows, f"a model of {size}"))
     if "rho" in options.parts:
-        rho_table(model, gaussian, options.seeds // 4)
-    if "overhead" in options.parts:
-        overhead(model, gaussian)
+        head = ["solver", "NFE", "start", *(f"rho {rho:g}" for rho in RHOS)]
+        record.table(head, rho_rows(model, gaussian, options.seeds // 4))
     if {"heun", "frechet"} & set(options.parts):
-        frechet_table(model, gaussian, rows, options)
-    print(f"\n{time.perf_counter() - began:.0f} s")
+        if options.mnist and options.model != DIGITS:
+            head = ["solver", "start", "NFE", "Frechet distance", "95% interval"]
+            record.table(head, frechet_rows(record, model, gaussian, rows))
+        else:
+            record.text("Left out: Frechet distances, which need --mnist and --model.\n")
+    record.text(f"{time.perf_counter() - began:.0f} s")
+    record.close()
 
 
 if __name__ == "__main__":

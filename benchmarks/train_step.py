@@ -4,18 +4,20 @@
 
 First, forward and backward pass of the mini-EDM CIFAR network at batch 64, float32, in EDM's preconditioning
 and in the bypass with all of its parts (full-rank Gaussian of 3,072 dimensions, gate, shown Gaussian, blended
-base): the ratio of the medians of interleaved repetitions in one process. Then, with a folder of MNIST's
-files, the share of a training step that the mini-EDM MNIST configuration waits for its data.
+base): the ratio of the medians of interleaved repetitions in one process. Then the share of a training step
+that the mini-EDM MNIST configuration waits for its data, or, without MNIST, for as many random images.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from results import Record, parser
 from timing import Call, compare
 from torch import Tensor
 
@@ -24,12 +26,12 @@ from train.configfile import load_config
 from train.data import StepSampler, load_data, loader
 from train.loss import denoising_loss, make_batch
 
-BATCH = 64
+CONFIG = Path(__file__).parent.parent / "configs" / "mnist_mini_edm.yaml"
 CIFAR = {"model_channels": 96, "channel_mult": [1, 2, 2], "num_blocks": 2, "attn_resolutions": [16]}
 
 
-def overhead(repeats: int) -> None:
-    """Prints the cost of a bypass step over an EDM step."""
+def overhead(record: Record, batch: int) -> None:
+    """The cost of a bypass step over an EDM step."""
     event = (3, 32, 32)
     dim = 3072
     eigvecs = torch.linalg.qr(torch.randn(dim, dim)).Q
@@ -39,8 +41,8 @@ def overhead(repeats: int) -> None:
         "edm": EDMPrecond(SongUNet(32, 3, 3, **CIFAR)),
         "bypass": BypassPrecond(SongUNet(32, 6, 3, **CIFAR), gaussian, gate),
     }
-    clean, noise = torch.randn(BATCH, *event).clamp(-1, 1), torch.randn(BATCH, *event)
-    sigma = torch.exp(1.2 * torch.randn(BATCH) - 1.2)
+    clean, noise = torch.randn(batch, *event).clamp(-1, 1), torch.randn(batch, *event)
+    sigma = torch.exp(1.2 * torch.randn(batch) - 1.2)
     x = clean + sigma[:, None, None, None] * noise
 
     def step(model: BypassPrecond) -> Call:
@@ -51,15 +53,20 @@ def overhead(repeats: int) -> None:
 
         return call
 
-    times = compare({name: step(model.train()) for name, model in models.items()}, repeats)
-    print(f"a step of the bypass takes {times['bypass'] / times['edm']:.3f} of one of EDM's")
-
-
-def waiting(folder: str, steps: int) -> None:
-    """Prints the share of MNIST steps that goes into data, read ahead by no worker and by one."""
-    config = load_config(
-        Path(__file__).parent.parent / "configs" / "mnist_mini_edm.yaml", [f"data.source={folder}"]
+    times = compare({name: step(model.train()) for name, model in models.items()}, record.options.repeats)
+    ratio = record.number(
+        "a training step with bypass",
+        times["bypass"] / times["edm"],
+        "<= 1.05",
+        "one of EDM's",
+        headline=True,
     )
+    record.text(f"A step with bypass takes {ratio:.3f} of one of EDM's.\n")
+
+
+def waiting(record: Record, source: str, steps: int) -> None:
+    """The share of MNIST steps that goes into data, read ahead by no worker and by one."""
+    config = load_config(CONFIG, [f"data.source={source}"])
     data = load_data(config.data)
     batch = config.train.batch
     model = EDMPrecond(SongUNet(32, 1, 1, **config.network.arguments)).train()
@@ -80,23 +87,31 @@ def waiting(folder: str, steps: int) -> None:
             model.zero_grad(set_to_none=True)
             denoising_loss(model, model, part).backward()
         share = waited / (time.perf_counter() - began)
-        print(f"MNIST, batch {batch}, {workers} workers: {share:.2%} of a step is waiting for data")
+        record.number(
+            f"waiting for data, {workers} workers", 100 * share, "<= 5", "a training step", unit="%"
+        )
+        record.text(f"Batch {batch}, {workers} workers: {share:.2%} of a step is waiting for data.")
 
 
 def main() -> None:
     """Prints both."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--mnist", help="folder of MNIST's files")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__)
+    made.add_argument("--mnist", help="folder of MNIST's files")
+    made.add_argument("--repeats", type=int, default=7)
+    made.add_argument("--batch", type=int, default=64, help="of the mini-EDM CIFAR network")
+    made.add_argument("--steps", type=int, default=20, help="of the mini-EDM MNIST configuration")
+    options = made.parse_args()
+    record = Record(options)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    overhead(arguments.repeats)
-    if arguments.mnist:
-        waiting(arguments.mnist, steps=20)
+    overhead(record, options.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        source = options.mnist
+        if source is None:
+            source = f"{folder}/random.npy"
+            np.save(source, np.random.default_rng(0).integers(256, size=(60_000, 28, 28), dtype=np.uint8))
+        waiting(record, source, options.steps)
+    record.close()
 
 
 if __name__ == "__main__":

@@ -44,9 +44,6 @@ def open_images(
     | `hf:NAME` | a data set of the Hugging Face hub; needs `pip install datasets` |
     | `digits` | scikit-learn's 8x8 digits (a folder of that name: `./digits`) |
 
-    >>> open_images("digits")
-    ImageData(digits: 1797 of 1 x 8 x 8, uint8 / 8 - 1, 10 classes)
-
     Args:
         source: as above.
         scaling: the stored values (low, high) that become -1 and 1, or "none"; see `ImageData`.
@@ -66,6 +63,10 @@ def open_images(
         FileNotFoundError: if there is no such file, folder or name, or it cannot be downloaded.
         ImportError: if torchvision or datasets is needed and missing.
         ValueError: if the data are not as described; `ImageError`, which is one, names an image file.
+
+    Example:
+        >>> open_images("digits")
+        ImageData(digits: 1797 of 1 x 8 x 8, uint8 / 8 - 1, 10 classes)
     """
     if on_error not in get_args(OnError):
         raise ValueError(f"expected on_error to be one of {get_args(OnError)}, got {on_error!r}")

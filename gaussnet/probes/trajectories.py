@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from gaussnet.denoisers import Denoiser
@@ -242,6 +241,8 @@ def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Pai
         >>> round(found.mean, 3), found.p_value
         (1.333, 0.25)
     """
+    from scipy import stats  # here, since it takes long to import
+
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"expected two tensors of shape (N,) with N >= 2, got {shapes}")

@@ -25,7 +25,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from gaussnet.denoisers import Denoiser, GaussianDenoiser
@@ -100,6 +99,8 @@ def guided_flow(cond: GaussianDenoiser, uncond: GaussianDenoiser, w: float) -> F
             ((sigma_to**2 + tail) / (sigma_from**2 + tail)) ** (weight / 2) for weight, _, _, tail, _ in parts
         )
         if sigma_from != sigma_to:
+            from scipy.integrate import solve_ivp  # here: SciPy takes long to import
+
             solution = solve_ivp(rates, span, initial.ravel(), method="DOP853", rtol=1e-9, atol=1e-11)
             initial = solution.y[:, -1].reshape(size, size + 1)
         matrix, path = initial[:, :-1] - factor * np.eye(size), initial[:, -1]

@@ -29,19 +29,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from scipy.interpolate import CubicSpline, PPoly
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from gaussnet.numerics import wide_dtype
 from gaussnet.samplers.weights import POINTS, SHARES
+
+if TYPE_CHECKING:
+    from scipy.interpolate import CubicSpline, PPoly
 
 _RESOLVED = 1e-4  # least spread of f that is told from none, in units of (1 - l) sigma
 
@@ -170,6 +172,8 @@ class ModelStatistics:
     @cached_property
     def _spline(self) -> CubicSpline:
         """l, s and b as a function of lambda."""
+        from scipy.interpolate import CubicSpline  # here: SciPy takes long to import
+
         tables = torch.stack([self.l, self.s, self.b], 1).flip(0).double().cpu().numpy()
         return CubicSpline(-self.sigmas.flip(0).double().log().cpu().numpy(), tables)
 
@@ -300,6 +304,8 @@ def _statistics(
     levels: Tensor, mean: Tensor, product: Tensor, diagonal: Tensor, eps: float
 ) -> ModelStatistics:
     """From the moments of u = (x, D, dD/dlambda), in which f = a.u and df/dlambda = c.u are linear."""
+    from scipy.interpolate import CubicSpline  # here: SciPy takes long to import
+
     l = 1 - diagonal  # noqa: E741  # (n, *event_shape)
     spline = CubicSpline(-levels.log().flip(0).numpy(), l.flip(0).numpy())
     rise = torch.from_numpy(spline(-levels.log().numpy(), 1))  # dl/dlambda

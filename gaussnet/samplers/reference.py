@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from gaussnet.samplers.schedules import check_sigmas
@@ -56,6 +55,8 @@ def dop853(
 
     def as_state(flat: np.ndarray) -> Tensor:
         return torch.from_numpy(flat).reshape(x.shape).to(x)
+
+    from scipy.integrate import solve_ivp  # here: SciPy takes long to import
 
     def slope(time: float, flat: np.ndarray) -> np.ndarray:
         state = as_state(flat)

@@ -1,0 +1,77 @@
+"""What does a training step of each arm of benchmarks/bypass_ablation.py cost, over one of EDM's?
+
+    python benchmarks/bypass_cost.py --mnist FOLDER [--emoji ZIP] [--task core emoji32] [--repeats 15]
+
+Forward and backward pass on a batch, of the arms' own models, interleaved in one process; ratios of the
+medians. Steps times this ratio are the time in which an arm reaches EDM's error.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from bypass_ablation import ARMS, HERE, TABLES, TASKS, prepare
+from results import Record, parser
+from timing import Call, compare
+
+from gaussnet.precond import BypassPrecond
+from train.config import Config
+from train.configfile import load_config
+from train.data import Data, load_data
+from train.loss import denoising_loss, make_batch
+from train.models import build_network, fit_analytic, fit_wrapping, wrap
+
+
+def step(config: Config, data: Data, model: BypassPrecond) -> Call:
+    """Forward and backward pass on the first batch."""
+    raw, labels = data.train[torch.arange(config.train.batch)]
+    batch = make_batch(raw, labels, 0, slice(0, config.train.batch), data, config)
+
+    def call() -> None:
+        model.zero_grad(set_to_none=True)
+        denoising_loss(model, model, batch).backward()
+
+    return call
+
+
+def main() -> None:
+    """Prints a table a task, and writes cost.csv."""
+    made = parser(__doc__)
+    made.add_argument("--mnist", help="folder of MNIST's files (default: torchvision's)")
+    made.add_argument("--emoji", help="a zip of 64x64 images, for the task emoji32")
+    made.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="for images that are made")
+    made.add_argument("--task", nargs="+", choices=TASKS, default=["core"])
+    made.add_argument("--repeats", type=int, default=15)
+    options = made.parse_args()
+    torch.set_num_threads(options.threads)
+    record, sources = Record(options), prepare(options, options.folder.resolve())
+    rows: list[dict[str, str]] = []
+    for task in options.task:
+        calls: dict[str, Call] = {}
+        for arm in TASKS[task].arms:
+            keys = [key.format(**sources) for key in TASKS[task].keys] + list(ARMS[arm])
+            config = load_config(HERE / "bypass_ablation.yaml", [*keys, "fit.max_data=2000"])
+            data = load_data(config.data)
+            accelerator = Accelerator(cpu=True)
+            wrapping = fit_wrapping(config, data, fit_analytic(config, data, accelerator), accelerator)
+            calls[arm] = step(config, data, wrap(config, build_network(config, data), wrapping).train())
+        times = compare(calls, options.repeats)
+        for arm, seconds in times.items():
+            ratio = record.number(f"{task}: step of {arm} over EDM's", seconds / times["edm"])
+            rows.append({"task": task, "arm": arm, "cost": f"{ratio:.3f}"})
+        record.table(
+            [f"{task}: arm", "time of a step over EDM's"],
+            [[r["arm"], r["cost"]] for r in rows if r["task"] == task],
+        )
+    with (TABLES / "cost.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["task", "arm", "cost"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    record.close()
+
+
+if __name__ == "__main__":
+    main()
