@@ -35,7 +35,7 @@ from gaussnet.cli_fid import add_fid
 from gaussnet.cli_reproduce import add_reproduce
 from gaussnet.cli_sample import add_sample
 from gaussnet.data import ImageData, open_images
-from gaussnet.data.arrays import Layout
+from gaussnet.data.arrays import Layout, MappedArray
 from gaussnet.data.files import Mode, OnError
 from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from gaussnet.edm_import import import_edm
@@ -43,6 +43,7 @@ from gaussnet.fit.spectrum import OPTIONS
 from gaussnet.hub import CONFIG_NAME, from_pretrained
 from gaussnet.processes import joined_processes
 from gaussnet.run_report import Run, watch, write_page
+from gaussnet.run_report.folder import printable
 from gaussnet.summary import summarise
 from gaussnet.version import __version__
 
@@ -56,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"gaussnet {options.command}: {error or type(error).__name__}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:  # of torch
+        logging.info("where:", exc_info=error)
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"gaussnet {options.command}: {text}", file=sys.stderr)
         return 2
     return 0
 
@@ -240,6 +243,8 @@ def _import_edm(options: argparse.Namespace) -> None:
 
 
 def _watch(options: argparse.Namespace) -> None:
+    if not options.every < 1e9:  # more than the system can sleep
+        raise ValueError(f"expected --every of less than 1e9 seconds, got {options.every:g}")
     watch(options.folder, options.every, options.once)
 
 
@@ -270,10 +275,9 @@ def _samples(images: ImageData, stream: bool) -> Tensor | _Stream:
 
 def _groups(path: Path, count: int) -> Tensor:
     try:
-        groups = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        return torch.as_tensor(np.array(MappedArray(path).array))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"--groups {path}: expected a .npy file of {count} integers ({error})") from error
-    return torch.as_tensor(groups)
 
 
 def _expect_free(folder: Path, overwrite: bool) -> None:

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gaussnet.version import __version__
 
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+SPARE_NUMBERS = 1 << 24  # that a model may hold beyond those of its file
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace)
 
 
 @runtime_checkable
@@ -118,16 +124,15 @@ def build(description: Mapping[str, Any]) -> Any:
     """
     if not isinstance(description, Mapping) or not {"class_name", "arguments"} <= set(description):
         raise ValueError(f"expected a mapping with class_name and arguments, got {description!r:.200}")
-    cls = _REGISTRY.get(description["class_name"])
+    name = description["class_name"]
+    cls = _REGISTRY.get(name) if isinstance(name, str) else None
     if cls is None:
         known = ", ".join(sorted(_REGISTRY))
-        raise ValueError(f"unknown class_name {description['class_name']!r}; expected one of {known}")
+        raise ValueError(f"unknown class_name {name!r:.200}; expected one of {known}")
     try:
         return cls.from_arguments(description["arguments"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{description['class_name']}: cannot be built from its arguments: {error!r}"
-        ) from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{name}: cannot be built from its arguments: {error!r:.500}") from error
 
 
 def record(data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,14 +219,37 @@ class Pretrained(
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_arguments: Any) -> Self:
         """As `gaussnet.from_pretrained`, and checks that what was saved is of this class."""
-        name = pretrained_model_name_or_path
-        if Path(name).is_dir():
-            _check_json(Path(name) / CONFIG_NAME)
-            return super().from_pretrained(name, **hub_arguments)
+        # Not the mixin's: for it, what stands in config.json are arguments of this call and of downloads.
+        name = str(pretrained_model_name_or_path)
         try:
-            return super().from_pretrained(name, **hub_arguments)
-        except (HFValidationError, EntryNotFoundError, RepositoryNotFoundError) as error:
+            config = _read_json(_locate(name, CONFIG_NAME, hub_arguments))
+            return cls._from_pretrained(model_id=name, config=config, **hub_arguments)
+        except (HFValidationError, EntryNotFoundError, HfHubHTTPError) as error:
             raise FileNotFoundError(f"no folder {name}, and no such model on the hub: {error}") from error
+
+    def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> str | None:
+        """As `ModelHubMixin.save_pretrained`, but an old model stays in the folder until the new is written.
+
+        Raises:
+            OSError: if it cannot be written; the old one is intact then.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / ".partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            arguments.setdefault("repo_id", folder.name)
+            url = super().save_pretrained(aside, **arguments)
+            # First away with the old description: it never stands beside the new weights.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                if file.name != "README.md" or not (folder / file.name).exists():  # which may be the user's
+                    file.replace(folder / file.name)
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return url
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {**describe(self), "gaussnet_version": __version__}
@@ -239,30 +267,63 @@ class Pretrained(
             raise FileNotFoundError(
                 f"no {CONFIG_NAME} in {model_id}: expected a folder that save_pretrained wrote"
             )
-        model = build(config)
-        if not isinstance(model, cls):
-            raise TypeError(f"{model_id} holds a {type(model).__name__}, expected a {cls.__name__}")
         weights = _locate(model_id, WEIGHTS_NAME, hub_arguments)
         try:
+            with _Bounded(weights.stat().st_size):
+                model = build(config)
+        except ValueError as error:
+            raise ValueError(f"{model_id}: {error}") from error
+        if not isinstance(model, cls):
+            raise TypeError(f"{model_id} holds a {type(model).__name__}, expected a {cls.__name__}")
+        try:
+            tensors = load_file(weights)
+            _check_numbers(model.state_dict(), tensors)
             # assign: the stored dtype survives, float64 included
-            model.load_state_dict(load_file(weights), assign=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{weights} does not fit its {CONFIG_NAME}: {error}") from error
-        model.provenance = config.get("provenance", {})
+            model.load_state_dict(tensors, assign=True)
+        except (RuntimeError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{weights} does not fit its {CONFIG_NAME}: {str(error)[:2000]}") from error
+        provenance = config.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise ValueError(f"{model_id}: expected provenance to be an object, got {provenance!r:.100}")
+        model.provenance = provenance
         return model.eval()
 
 
-def _check_json(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: expected a folder that save_pretrained wrote"
-        )
+class _Bounded(TorchFunctionMode):
+    """Raises a ValueError when tensors are made of far more numbers than a file of `size` bytes can fill."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.left = SPARE_NUMBERS + 4 * size
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            self.left -= func(*args, **{**kwargs, "device": "meta"}).numel()  # before there is memory for it
+            if self.left < 0:
+                raise ValueError(f"its arguments describe more numbers than {WEIGHTS_NAME} can hold")
+        return func(*args, **kwargs)
+
+
+def _check_numbers(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises a TypeError if there is NaN, or integers in the place of floats, or the reverse."""
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    if broken:
+        raise TypeError(f"expected numbers, got NaN in {', '.join(broken[:5])}")
+    for name in expected.keys() & tensors.keys():
+        own, got = expected[name].dtype, tensors[name].dtype
+        if own != got and not (own.is_floating_point and got.is_floating_point and got.itemsize > 1):
+            raise TypeError(f"{name}: expected numbers as {own}, got {got}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
 
 
 def _locate(model_id: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:

@@ -38,10 +38,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {key}: {reason}" if key else f"{path}: {reason}") from error
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
     except YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, OSError, RecursionError) as error:  # such as a list, or a mere number
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def to_yaml(config: Config) -> str:
@@ -53,9 +53,19 @@ def differences(saved: str, config: Config) -> list[str]:
     """Lines "key: saved -> now" for each value of a saved YAML that differs from `config`.
 
     A key that the saved one does not know is newer than the run, which did as its default does.
+
+    Raises:
+        ValueError: if the saved one is not the YAML of a run.
     """
-    defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
-    old = defaults | _flatten(OmegaConf.to_container(OmegaConf.create(saved)))
+    # By way of YAML, as the others: enums are words there.
+    defaults = _flatten(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(Config))))
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(saved))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or "out" not in tree:
+        raise ValueError(f"expected the keys of a run, got {saved!r:.100}")
+    old = defaults | _flatten(tree)
     new = _flatten(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
     keys = sorted(set(old) | set(new))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

@@ -5,22 +5,24 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.data.files import MAX_BYTES
 from gaussnet.data.images import Found, Scaling, Store, class_labels
 
 Layout = Literal["NHWC", "NCHW"]
 
 _IMAGES, _LABELS = ("images", "x", "arr_0"), ("labels", "y")  # keys of a .npz, by precedence
 _IDX_IMAGES = re.compile(r"images([-.])idx3-ubyte(\.gz)?$")
-_INFLATION = 1100  # gzip packs 1032 bytes into one, at most
+_INFLATION = 100  # of a compressed file that becomes large: images pack less, a bomb 1032 bytes into one
 _SPLITS = {"train": "train", "test": "t10k"}  # of MNIST, by their names in file names
 
 
@@ -34,9 +36,12 @@ class MappedArray:
 
     def _map(self) -> np.ndarray:
         try:
-            return np.lib.format.open_memmap(self.path, mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{self.path}: expected a .npy array of numbers: {error}") from error
+            with np.errstate(over="ignore"):  # of sizes that no file has, an error below
+                return np.lib.format.open_memmap(self.path, mode="r")
+        except OSError:
+            raise
+        except Exception as error:  # of a header: ValueError, EOFError, TokenError, OverflowError and others
+            raise ValueError(f"{self.path}: expected a .npy array of numbers: {str(error)[:200]}") from error
 
     @property
     def array(self) -> np.ndarray:
@@ -61,15 +66,19 @@ def open_npy(path: Path) -> Found:
 def open_npz(path: Path) -> Found:
     """A .npz file with an array images, x or arr_0, and labels or y if there are labels; read into memory."""
     try:
-        arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with arrays:
+        with path.open("rb") as file:
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it holds a single array")
+        with ZipFile(path) as archive:
+            _expect_no_bomb(sum(info.file_size for info in archive.infolist()), path)
+        with np.load(path, allow_pickle=False) as arrays:
             keys = list(arrays)
-            images = next((arrays[key] for key in _IMAGES if key in keys), None)
-            labels = next((arrays[key] for key in _LABELS if key in keys), None)
-    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected a .npz file of arrays of numbers: {error}") from error
+            images = next((_array(arrays, key) for key in _IMAGES if key in keys), None)
+            labels = next((_array(arrays, key) for key in _LABELS if key in keys), None)
+    except Exception as error:  # of zips and headers: BadZipFile, TokenError, zlib.error and others
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            raise
+        raise ValueError(f"{path}: expected a .npz file of arrays of numbers: {str(error)[:200]}") from error
     if images is None:
         raise ValueError(f"{path}: expected an array named one of {_IMAGES}, got {keys}")
     return Found(images, None if labels is None else class_labels(labels, _length(images), str(path)))
@@ -180,8 +189,9 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
             if magic != bytes([0, 0, 8, ndim]) or len(header) < 4 * ndim:
                 raise ValueError(f"expected magic number 0x{2048 + ndim:08x}, got 0x{magic.hex()}")
             shape = np.frombuffer(header, ">u4").tolist()
-            if prod(shape) > _INFLATION * path.stat().st_size:
-                raise ValueError(f"its shape {tuple(shape)} is of more values than it can hold")
+            if 0 in shape:  # the others may be any
+                raise ValueError(f"its shape {tuple(shape)} is of no values")
+            _expect_no_bomb(prod(shape), path)
             values = file.read(prod(shape) + 1)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected an IDX file of {ndim} dimension(s): {error}") from error
@@ -189,6 +199,19 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         got = f"{len(values)} values" if len(values) < prod(shape) else "more"
         raise ValueError(f"{path}: expected {prod(shape)} values for its shape {tuple(shape)}, got {got}")
     return np.frombuffer(bytearray(values), np.uint8).reshape(shape)
+
+
+def _array(arrays: Mapping[str, Any], key: str) -> np.ndarray:
+    array = arrays[key]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"its member {key} is no .npy file")
+    return array
+
+
+def _expect_no_bomb(size: int, path: Path) -> None:
+    """Raises a ValueError if a small file announces much."""
+    if size > max(MAX_BYTES, _INFLATION * path.stat().st_size):
+        raise ValueError(f"refused: {size} bytes, in so small a file, are of more values than it can hold")
 
 
 def _length(array: np.ndarray) -> int:

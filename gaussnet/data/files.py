@@ -76,7 +76,8 @@ class Files:
             ImageError: if it cannot be decoded or has another shape than the others.
         """
         name = self.names[index]
-        pixels = decode(self.read(index), name, self.mode, self.resolution)
+        known = self.shape if self.resolution is None else None
+        pixels = decode(self.read(index), name, self.mode, self.resolution, known)
         if self.shape is not None and pixels.shape != self.shape:
             hint = '; mode="L" or "RGB" converts all' if pixels.shape[1:] == self.shape[1:] else ""
             raise ImageError(
@@ -93,7 +94,13 @@ class Files:
             return error
 
 
-def decode(encoded: bytes, name: str, mode: Mode | None = None, resolution: int | None = None) -> np.ndarray:
+def decode(
+    encoded: bytes,
+    name: str,
+    mode: Mode | None = None,
+    resolution: int | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> np.ndarray:
     """Decodes an image to uint8 (C, H, W).
 
     Args:
@@ -101,6 +108,7 @@ def decode(encoded: bytes, name: str, mode: Mode | None = None, resolution: int 
         name: of the image, for messages.
         mode: see the head of this module.
         resolution: cut the central square and resize it (Lanczos, antialiased) to this side.
+        shape: (C, H, W); an image whose header tells other sides is not decoded.
 
     Raises:
         ImageError: if that is impossible, or the image is larger than Pillow's limit for decompression bombs.
@@ -111,6 +119,11 @@ def decode(encoded: bytes, name: str, mode: Mode | None = None, resolution: int 
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS = {limit}"
+                )
+            if shape is not None and image.size != (shape[2], shape[1]):
+                raise ImageError(
+                    f"{name}: expected {_by(shape)} (channels x height x width), as most images, "
+                    f"got {len(image.getbands())} x {image.height} x {image.width}"
                 )
             image = _convert(image, name, mode)
             if resolution is not None:
@@ -155,9 +168,9 @@ def load(files: Files, on_error: OnError, cache: int, name: str) -> tuple[Store,
         ImageError: if an image that is decoded here cannot be used, or, with `on_error="skip"`, if none of
             those looked at can.
     """
-    sample = [files.attempt(i) for i in spread(len(files)).tolist()]
-    shapes = Counter(image.shape for image in sample if not isinstance(image, ImageError))
-    errors = [image for image in sample if isinstance(image, ImageError)]
+    sample = [_shape(files.attempt(i)) for i in spread(len(files)).tolist()]  # not 32 images at a time
+    shapes = Counter(shape for shape in sample if not isinstance(shape, ImageError))
+    errors = [error for error in sample if isinstance(error, ImageError)]
     if not shapes:
         raise ImageError(f"{name}: none of the {len(sample)} images looked at can be used; {errors[0]}")
     shape = shapes.most_common(1)[0][0]
@@ -186,6 +199,10 @@ def load(files: Files, on_error: OnError, cache: int, name: str) -> tuple[Store,
             bar.update(len(group))
     index = torch.tensor(kept)
     return (images[: len(kept)] if fits else Picked(files, index)), index
+
+
+def _shape(image: np.ndarray | ImageError) -> tuple[int, ...] | ImageError:
+    return image if isinstance(image, ImageError) else image.shape
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -7,9 +7,11 @@ sorted by name. Nothing is ever extracted from a zip. Hidden files and __MACOSX 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import struct
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
@@ -22,7 +24,10 @@ from gaussnet.data.images import Found
 
 log = logging.getLogger(__name__)
 
+_BZ2_ERROR = "Invalid data stream"  # an OSError without a number
+
 METADATA = "dataset.json"
+METADATA_BYTES, IMAGE_BYTES = 1 << 20, 1 << 10  # of it at most, and more for each image: parsed, it is larger
 
 
 class FolderReader:
@@ -66,9 +71,9 @@ def read_member(archive: ZipFile, member: str) -> bytes:
         raise ImageError(f"{archive.filename}/{member}: refused: {size} bytes are more than {MAX_BYTES}")
     try:
         return archive.read(member)
-    except OSError:  # of the disk, not of the member
-        raise
     except Exception as error:  # BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError
+        if isinstance(error, OSError) and error.errno != errno.EINVAL and str(error) != _BZ2_ERROR:
+            raise  # of the disk, not of the member or its offset
         raise ImageError(f"{archive.filename}/{member}: cannot be read: {error}") from error
 
 
@@ -76,10 +81,10 @@ def open_zip(path: Path) -> Found:
     """An EDM data set in a zip; without dataset.json, its images have no labels."""
     try:
         with ZipFile(path) as archive:
-            members = [info.filename for info in archive.infolist() if not info.is_dir()]
+            members = [name for name in archive.namelist() if not name.endswith("/")]
             images = sorted(filter(_is_image, members))
             metadata = read_member(archive, METADATA) if METADATA in members else None
-    except BadZipFile as error:
+    except (BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise ValueError(f"{path}: expected a zip file: {error}") from error
     if not images:
         raise ValueError(f"{path}: expected images ({', '.join(SUFFIXES)}) in the zip, got none")
@@ -104,7 +109,8 @@ def open_folder(path: Path) -> Found:
         raise ValueError(f"{path}: expected images ({', '.join(SUFFIXES)}) in the folder, got none")
     files = Files([str(path / image) for image in images], FolderReader(path, images))
     if (path / METADATA).is_file():
-        return Found(files, edm_labels((path / METADATA).read_bytes(), images, str(path / METADATA)))
+        metadata = FolderReader(path, [METADATA])(0)
+        return Found(files, edm_labels(metadata, images, str(path / METADATA)))
     tops = [PurePosixPath(image).parts[0] for image in images]
     if any("/" not in image for image in images):
         return Found(files)
@@ -135,9 +141,11 @@ def edm_labels(metadata: bytes, images: list[str], where: str) -> Tensor | None:
     Raises:
         ValueError: unless there is exactly one integer >= 0 for each image, or none for any.
     """
+    if len(metadata) > (limit := METADATA_BYTES + IMAGE_BYTES * len(images)):
+        raise ValueError(f"{where}: refused: {len(metadata)} bytes are more than {limit}")
     try:
         content = json.loads(metadata)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON: {error}") from error
     entries = content.get("labels") if isinstance(content, dict) else 0
     if entries is None:

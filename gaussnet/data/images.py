@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 Scaling = tuple[float, float] | Literal["none"]
 
 _SAMPLE = 32  # images that are looked at to tell what the others are like
+_SAMPLE_BYTES = 1 << 28  # that they may take, if they are more than two
 _SLACK = 1e-4  # rounding that a range forgives, as a share of its width
 
 
@@ -79,7 +80,8 @@ class ImageData(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         if len(images) == 0:
             raise ValueError(f"{name}: expected at least one image, got none")
-        sample = images[spread(len(images))]
+        one = images[torch.tensor([0])].nbytes  # of large images, fewer are looked at
+        sample = images[spread(len(images), _SAMPLE_BYTES // max(1, one))]
         if sample.ndim != 4 or 0 in sample.shape:
             raise ValueError(f"{name}: expected images (N, C, H, W), got {(len(images), *sample.shape[1:])}")
         self.name = name
@@ -226,9 +228,10 @@ class Padded:
         return functional.pad(self.images[index], (self.pixels,) * 4, value=self.value)
 
 
-def spread(count: int) -> Tensor:
-    """Indices of up to 32 of `count` images, the first and the last among them."""
-    return torch.linspace(0, count - 1, _SAMPLE, dtype=torch.float64).round().long().unique()
+def spread(count: int, most: int = _SAMPLE) -> Tensor:
+    """Indices of up to 32, or `most`, of `count` images, the first and the last among them."""
+    number = max(2, min(most, _SAMPLE))
+    return torch.linspace(0, count - 1, number, dtype=torch.float64).round().long().unique()
 
 
 def class_labels(labels: Any, count: int, source: str) -> Tensor:

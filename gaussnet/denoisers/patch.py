@@ -333,7 +333,7 @@ class PatchDenoiser(LocalDenoiser):
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
-        size, levels = arguments["size"], arguments["levels"]
+        size, levels = arguments["size"], len(torch.zeros(arguments["levels"]))  # bounded as tensors are
         return cls(
             torch.zeros(size, *arguments["event_shape"]),
             [1] * levels,

@@ -11,7 +11,6 @@ Heusel et al., GANs Trained by a Two Time-Scale Update Rule, 2017, arXiv 1706.08
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -95,19 +94,26 @@ class FeatureStatistics:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
         try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in ("mu", "sigma", "count") if name in file}
-        except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: expected an npz file with mu and sigma, got {error}") from error
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: np.asarray(file[name]) for name in ("mu", "sigma", "count") if name in file}
+        except Exception as error:  # of zips and of headers: BadZipFile, EOFError, TokenError and others
+            raise ValueError(
+                f"{path}: expected an npz file with mu and sigma, got {str(error)[:200]}"
+            ) from error
         if not {"mu", "sigma"} <= set(arrays):
             raise ValueError(
                 f"{path}: expected an npz file with mu and sigma, got {', '.join(arrays) or 'none'}"
             )
         try:
             mean, cov = _checked(arrays["mu"], arrays["sigma"])
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
-        return cls(mean, cov, int(arrays["count"]) if "count" in arrays else None)
+        count = arrays.get("count")
+        if count is not None and (count.shape or count.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{path}: expected count to be an integer, got {count.dtype} of shape {count.shape}"
+            )
+        return cls(mean, cov, None if count is None else int(count))
 
     def save(self, path: str | Path) -> None:
         """Writes an npz file of mu, sigma and, if it is known, count, which EDM reads, too.

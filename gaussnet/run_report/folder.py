@@ -21,6 +21,9 @@ import yaml
 
 Row = dict[str, Any]
 
+MAX_NUMBER = 1e300  # beyond, sums overflow; no run measures it
+MAX_STEP = 10**15
+
 _CURVE = ("weights", "queries", "reference", "quantity")
 _PNG, _IEND = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -84,9 +87,10 @@ class Run:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            step = row.get("step") if isinstance(row, dict) else None
+            if isinstance(step, int) and 0 <= step < MAX_STEP:
                 numbers = ("loss", "lr", "images_per_second", "waiting", "bad_steps")
-                rows.append({"step": row["step"]} | {name: _finite(row.get(name)) for name in numbers})
+                rows.append({"step": step} | {name: _finite(row.get(name)) for name in numbers})
         return rows
 
     @cached_property
@@ -175,7 +179,7 @@ def number(text: str, name: str) -> float | int | None:
         value = float(text)
     except ValueError:
         return None
-    return None if math.isnan(value) else value
+    return value if abs(value) <= MAX_NUMBER or math.isinf(value) else None
 
 
 def printable(text: str) -> str:
@@ -205,7 +209,8 @@ def _text(path: Path) -> str:
 
 
 def _finite(value: object) -> float | int | None:
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    known = isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER  # which nan is not
+    return value if known else None
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -8,10 +8,11 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Self
 
-from gaussnet.run_report.folder import Row, Run
+from gaussnet.run_report.folder import MAX_STEP, Row, Run
 
 LAST = 5  # rows that means are taken of
 BAR = 40
+FOREVER = 1e9 * 86400.0  # seconds, the longest time that is told
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Status:
         speed = _mean(metrics, "images_per_second")
         remaining = None
         if steps and batch and speed and not run.complete:
-            remaining = max(steps - step, 0) * batch / speed
+            remaining = min(max(steps - step, 0) * batch / max(speed, 1e-9), FOREVER)
         errors = _errors(run.heldout)
         return cls(
             name=run.name,
@@ -171,7 +172,7 @@ def _mean(rows: list[Row], name: str) -> float | None:
 
 
 def _positive(value: object) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
+    return value if isinstance(value, int) and 0 < value < MAX_STEP else None
 
 
 def _written(run: Run) -> datetime | None:
