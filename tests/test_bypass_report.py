@@ -1,0 +1,111 @@
+"""The arithmetic of the ablation's report, and the tables that runs are collected in."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import bypass_ablation
+import bypass_report
+from bypass_ablation import Run, claim, merge, read
+from bypass_report import Curve, curves, interval, level, reached, task_text
+
+SIGMAS = (0.1, 1.0, 10.0)
+
+
+def curve(errors: dict[int, float]) -> Curve:
+    """The same error at all levels, by step."""
+    return {step: dict.fromkeys(SIGMAS, error) for step, error in errors.items()}
+
+
+def test_level_is_the_mean_logarithm_over_a_range() -> None:
+    errors = {0.1: 0.5, 1.0: 0.25, 10.0: 4.0}
+    assert level(errors, 0.0, math.inf) == pytest.approx(math.log(0.5 * 0.25 * 4.0) / 3)
+    assert level(errors, 0.5, 2.0) == pytest.approx(math.log(0.25))
+
+
+def test_the_step_is_interpolated_in_its_logarithm() -> None:
+    power = curve({step: step**-0.5 for step in (1, 100, 400, 1600)})  # a line in both logarithms
+    for target in (7, 100, 255, 1600):
+        assert reached(power, math.log(target**-0.5), 0.0, math.inf) == pytest.approx(target)
+    assert reached(power, math.log(2.0), 0.0, math.inf) == 1, "it begins below"
+    assert reached(power, math.log(0.001), 0.0, math.inf) == math.inf
+    assert reached(curve({0: 1.0, 10: 0.1}), math.log(0.1**0.5), 0.0, math.inf) == pytest.approx(10**0.5)
+
+
+def test_interval_is_students() -> None:
+    logs = [math.log(value) for value in (0.5, 0.4, 0.6)]
+    low, high = stats.t.interval(0.95, 2, *stats.norm.fit(logs)[:1], stats.sem(logs))
+    mean = sum(logs) / 3
+    assert interval(logs) == f"{math.exp(mean):.3f} ({math.exp(low):.3f} to {math.exp(high):.3f})"
+    assert interval(logs[:1]) == "0.500"
+    assert interval([math.inf]) == "not reached"
+    assert interval([-math.inf]) == "0"
+    assert interval([math.log(0.5), math.inf]) == "0.500, 1 of 2 seeds never"
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (bypass_ablation, bypass_report):
+        monkeypatch.setattr(module, "TABLES", tmp_path)
+    return tmp_path
+
+
+def collect(run: Run, errors: dict[int, float]) -> None:
+    label = {"task": run.task, "arm": run.arm, "seed": run.seed, "lr": f"{run.lr:g}", "steps": run.steps}
+    rows = [
+        {"step": str(step), "sigma": str(sigma), "error": str(error * sigma)}
+        for step, error in errors.items()
+        for sigma in SIGMAS
+    ]
+    merge("errors", label, rows, ("step", "sigma", "error"))
+
+
+def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
+    for seed, scale in ((0, 1.0), (1, 3.0)):  # a seed that is harder for both changes no ratio
+        edm = {step: scale * step**-0.5 for step in (100, 200, 400)}
+        fast = {step: 0.5 * scale * step**-0.5 for step in (50, 100, 200, 400)}
+        collect(Run("core", "edm", seed, 0.01, 400), edm)
+        collect(Run("core", "marginal", seed, 0.02, 400), fast)
+    collect(Run("core", "marginal", bypass_ablation.RATE_SEED, 0.02, 80), {80: 1e-9})  # chose the rate
+    (tables / "cost.csv").write_text("task,arm,cost\ncore,marginal,1.200\n")
+    text = task_text("core", curves())
+    row = next(line for line in text.splitlines() if line.startswith("| marginal |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["marginal", "2"]
+    assert cells[2] == "0.250 (0.250 to 0.250)"  # four times fewer steps
+    assert cells[5] == "0.300 (0.300 to 0.300)", "each costs 1.2 of EDM's"
+    assert cells[6].startswith("0.500 (at")
+    assert task_text("digits", curves()) == ""
+
+
+def test_a_run_replaces_its_rows_alone(tables: Path) -> None:
+    first, second = Run("core", "edm", 0, 0.01, 400), Run("core", "edm", 1, 0.01, 400)
+    collect(first, {100: 1.0, 200: 0.5})
+    collect(second, {100: 2.0})
+    collect(first, {100: 3.0})
+    rows = read(tables / "errors.csv")
+    assert [(row["seed"], row["step"], row["error"]) for row in rows if row["sigma"] == "1"] == [
+        ("0", "100", "3"),
+        ("1", "100", "2"),
+    ]
+
+
+def test_a_run_is_done_by_one_process_and_taken_over_from_a_dead_one(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    assert claim(lock)
+    assert not claim(lock), "this process lives"
+    assert lock.read_text() == str(os.getpid())
+    lock.write_text(str(2**22 + 1))  # more than any pid
+    assert claim(lock)
+
+
+def test_the_arms_of_the_page_are_those_of_the_script() -> None:
+    page = bypass_report.EVIDENCE.read_text()
+    missing = [arm for arm in bypass_ablation.ARMS if f"| `{arm}` |" not in page]
+    assert not missing
