@@ -28,7 +28,7 @@ from train.config import Config, ConfigError, Precond
 from train.configfile import load_config
 from train.data import load_data
 from train.models import build_network, fit_analytic, fit_wrapping, wrap
-from train.rundir import read_csv
+from train.writing import read_csv
 
 ROOT = Path(__file__).parent.parent
 TINY = [

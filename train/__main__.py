@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from dataclasses import replace
 
 from train.config import Config, ConfigError
 from train.configfile import load_config
 from train.rundir import RunFolder
+from train.writing import RunError
 
 USAGE = """\
 accelerate launch -m train CONFIG [key=value ...]
@@ -37,8 +39,13 @@ def fork(config: Config, folder: str) -> Config:
     return target
 
 
+def leave(number: int, _: object) -> None:
+    """Ends the process on a signal where the loop does not see to it: while fitting, and in the report."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def main() -> int:
-    """Runs a configuration; 2 is returned for one that cannot be run."""
+    """Runs a configuration; 2 is returned for one that cannot be run, 1 for a run that cannot go on."""
     parser = argparse.ArgumentParser(
         prog="train",
         description="Train a denoiser beside its analytic baselines, then sample from it with teleport.",
@@ -56,6 +63,9 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    first = int(os.environ.get("RANK", "0")) == 0
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.fork:
@@ -64,9 +74,19 @@ def main() -> int:
 
         run(config)
     except ConfigError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if first:  # all processes have the same
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}; once that is put right, the same command goes on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        if first:
+            print(f"{stop or 'SIGINT'}: stopped; the same command goes on", file=sys.stderr)
+        return 128 + (signal.SIGTERM if str(stop) == "SIGTERM" else signal.SIGINT)
     return 0
 
 

@@ -22,7 +22,8 @@ from gaussnet.probes import log_spaced
 from train.config import Config
 from train.data import Data, generator_for
 from train.models import Analytic
-from train.rundir import RunFolder, append_csv, read_csv
+from train.rundir import RunFolder
+from train.writing import append_csv, read_csv
 
 log = logging.getLogger("train")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from gaussnet import ImageData, open_images
 from train.config import ConfigError, DataConfig
+from train.writing import RunError
 
 IN_MEMORY = 4 << 30  # bytes of float32 up to which a data set is fitted as one tensor
 
@@ -54,6 +57,10 @@ def load_data(config: DataConfig) -> Data:
             config.source, scaling=cast(Any, scaling), on_error=cast(Any, config.on_error), **options
         )
         images = images.padded(config.pad)
+        if images.raw([0]).is_floating_point():  # of all, and now, rather than at step 10,000
+            bad = (~images.usable()).nonzero()[:, 0].tolist()
+            if bad:
+                raise ValueError(f"{images.complaint(bad[0])}, one of {len(bad)} such images")
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"data.source: {error}") from error
     if config.labels and images.labels is None:
@@ -100,7 +107,8 @@ def fit_source(images: ImageData, rank: int = 0, world: int = 1) -> Any:
     """A process's share of the images as float32, for the fits: a tensor, or batches of very many."""
     share = images.subset(torch.arange(rank, len(images), world)) if world > 1 else images
     if len(share) * share.event_shape.numel() * 4 <= IN_MEMORY:
-        return share.tensor()
+        with reading():
+            return share.tensor()
     return _Batches(share)
 
 
@@ -111,7 +119,21 @@ class _Batches:
         self.images = images
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self.images.batches(1024)
+        with reading():
+            yield from self.images.batches(1024)
+
+
+@contextmanager
+def reading(when: str = "") -> Iterator[None]:
+    """Ends the run where images cannot be read, which the process that has it tells.
+
+    Raises:
+        RunError: instead of ValueError and OSError.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RunError(f"data.source: {when}{str(error).strip().splitlines()[-1]}") from error
 
 
 def generator_for(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -164,5 +186,10 @@ def loader(
     images: ImageData, sampler: StepSampler, workers: int, pin: bool
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of stored values and labels in the sampler's order, read ahead by worker processes."""
-    ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": own_group} if workers else {}
     return DataLoader(images, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **ahead)
+
+
+def own_group(_: int) -> None:
+    """A signal to the whole group, by a launcher or Ctrl-C, is not for a worker: the run ends it in time."""
+    os.setpgrp()

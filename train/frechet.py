@@ -12,7 +12,7 @@ from gaussnet.metrics import FeatureStatistics, extract_features, load_extractor
 from train.callbacks import Run
 from train.config import ConfigError
 from train.data import fit_source, generator_for
-from train.rundir import append_csv
+from train.writing import append_csv
 
 
 class Frechet:

@@ -11,48 +11,65 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from train.callbacks import Heldout, Probes, Run, Samples
+from train.checkpoints import check_data, data_facts, load_checkpoint
 from train.config import Config, ConfigError
-from train.data import Data, StepSampler, generator_for, load_data, loader
+from train.data import Data, StepSampler, generator_for, load_data, loader, reading
 from train.ema import EMA
 from train.frechet import Frechet
 from train.loss import denoising_loss, make_batch
 from train.models import build_network, fit_analytic, fit_wrapping, remember_less, wrap
 from train.optim import Interrupt, learning_rate, zero_bad_gradients
 from train.report import write_report
-from train.rundir import RunFolder, files, write_atomically
+from train.rundir import RunFolder, files
+from train.writing import RunError, naming, write_atomically
 
 log = logging.getLogger("train")
+
+T = TypeVar("T")
 
 
 def run(config: Config) -> None:
     """Trains, or resumes, or reports what a complete run has shown.
 
     Raises:
-        ConfigError: if the configuration does not fit the data, the processes, or the run in its folder.
-        RuntimeError: if gradients are not finite for many steps in a row; the state is saved.
+        ConfigError: if the configuration does not fit the data, the processes, or the run in its folder, or
+            another run is writing there.
+        RunError: if gradients are not finite for many steps in a row, and the state is saved; if the weights
+            are not, and it is not; if an image cannot be read.
+        OSError: if a file cannot be written.
     """
     folder = RunFolder(config.out)
     folder.check(config)
     accelerator = make_accelerator(config)
-    is_main, device, world = accelerator.is_main_process, accelerator.device, accelerator.num_processes
-    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    log.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if folder.report.is_file():
         log.info(f"{folder.path} is complete: {config.train.steps} steps.\n\n{folder.report.read_text()}")
         return
+    from_main(accelerator, folder.lock)
+    try:
+        fit_and_train(config, folder, accelerator)
+    finally:
+        folder.unlock()
+
+
+def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Trains in a folder that is this run's alone."""
+    is_main, device, world = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
 
     # Components of few images have fewer axes than asked for; that is no news in a run.
@@ -92,11 +109,12 @@ def run(config: Config) -> None:
     callbacks = (probes, Heldout(state), Samples(state), Frechet(state))
 
     # Start or resume.
-    checkpoint = folder.last_checkpoint()
-    accelerator.wait_for_everyone()
+    facts = data_facts(data, analytic.gaussian)
+    checkpoint = from_main(accelerator, folder.last_checkpoint)
     first = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        check_data(checkpoint, facts)
+        load_checkpoint(accelerator, checkpoint)
         log.info(f"resuming {folder.path} at step {first} of {config.train.steps}")
     if is_main:
         folder.start(config)
@@ -142,7 +160,8 @@ def run(config: Config) -> None:
     with Interrupt() as interrupt:
         for step in bar:
             started = time.perf_counter()
-            raw, labels = next(batches)
+            with reading(f"step {step + 1}: "):
+                raw, labels = next(batches)
             raw, labels = (part.to(device, non_blocking=True) for part in (raw, labels))
             waited += time.perf_counter() - started
             lr = learning_rate(step, config.train.lr, config.train.warmup)
@@ -194,16 +213,22 @@ def run(config: Config) -> None:
                 if is_main:
                     folder.log(row)
                     bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+            if (saves or broken) and not finite(network):
+                last = folder.last_checkpoint() if is_main else None
+                raise RunError(
+                    f"weights are not finite at step {done}, which is not saved: lower train.lr with --fork, "
+                    f"from {last or 'the start'}"
+                )
             if broken:
-                save_checkpoint(accelerator, folder, done, config)
-                raise RuntimeError(
+                save_checkpoint(accelerator, folder, done, config, facts)
+                raise RunError(
                     f"gradients were not finite in {int(streak)} steps in a row, up to step {done}; they "
                     f"were zeroed, and the weights are saved in {folder.last_checkpoint()}"
                 )
             paused = time.perf_counter()
             look(done)
             if saves:
-                save_checkpoint(accelerator, folder, done, config)
+                save_checkpoint(accelerator, folder, done, config, facts)
             since += time.perf_counter() - paused  # neither counts as training
             if stopping and done < config.train.steps:
                 bar.close()
@@ -219,7 +244,8 @@ def run(config: Config) -> None:
     text = write_report(state, analytic)
     if is_main:
         state.average.provenance = provenance(config, data, text)
-        state.average.save_pretrained(folder.path)
+        with naming(folder.path):
+            state.average.save_pretrained(folder.path)
         write_atomically(folder.report, text)  # last: with it, the run is complete
         names = ", ".join(path.name for path in files(folder))
         log.info(f"\n{text}\nwritten to {folder.path}: {names}")
@@ -270,16 +296,39 @@ def asked_to_stop(interrupt: Interrupt, accelerator: Accelerator, step: int) -> 
     return bool(cast(Tensor, accelerator.reduce(flag, reduction="sum")) > 0)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: RunFolder, step: int, config: Config) -> None:
-    """Saves model, averages, optimizer, scaler and random states of all processes."""
+def from_main(accelerator: Accelerator, ask: Callable[[], T]) -> T:
+    """What the main process finds, in all of them; its ConfigError, too."""
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            answer = [ask()]
+        except ConfigError as error:
+            answer = [error]
+    found = broadcast_object_list(answer)[0]
+    if isinstance(found, ConfigError):
+        raise found
+    return cast(T, found)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, folder: RunFolder, step: int, config: Config, data: dict[str, Any]
+) -> None:
+    """Saves model, averages, optimizer, scaler and random states of all processes, and facts of the data."""
     accelerator.wait_for_everyone()
 
     def write(path: Path) -> None:
-        accelerator.save_state(str(path))
+        with naming(path):
+            accelerator.save_state(str(path))
         accelerator.wait_for_everyone()
 
-    folder.save_checkpoint(step, config.checkpoint.keep, write, accelerator.is_main_process)
+    folder.save_checkpoint(step, config.checkpoint.keep, write, accelerator.is_main_process, data)
     accelerator.wait_for_everyone()
+
+
+def finite(network: nn.Module) -> bool:
+    """Whether all weights are finite."""
+    norms = torch._foreach_norm([parameter.detach() for parameter in network.parameters()], torch.inf)
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def provenance(config: Config, data: Data, report: str) -> dict[str, Any]:

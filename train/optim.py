@@ -46,5 +46,5 @@ class Interrupt:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt  # asked twice: leave at once
+            raise KeyboardInterrupt(signal.Signals(number).name)  # asked twice: leave at once
         self.signal = signal.Signals(number)

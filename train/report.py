@@ -12,7 +12,7 @@ from gaussnet import count_nfe, heun, karras_sigmas, plots, teleport
 from train.callbacks import Run, denoising_errors
 from train.data import generator_for
 from train.models import Analytic
-from train.rundir import append_csv, read_csv
+from train.writing import append_csv, read_csv
 
 Row = dict[str, Any]
 

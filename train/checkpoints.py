@@ -1,0 +1,95 @@
+"""What tells a whole checkpoint from a damaged one, and from one of other data.
+
+A checkpoint's manifest.json holds the SHA-256 of each of its files, and facts about the data it saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from gaussnet import GaussianDenoiser
+from train.config import ConfigError
+from train.data import Data
+
+MANIFEST = "manifest.json"
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Takes the state of a checkpoint.
+
+    Raises:
+        ConfigError: if it is not that of such a run, or, without a manifest, damaged.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # whatever pickle, zip files and safetensors raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {reason:.500}") from error
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint by the checksums of its manifest; None of a whole one."""
+    try:
+        sums: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())["sha256"]
+        for name, expected in sums.items():
+            if sha256(checkpoint / name) != expected:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def check_data(checkpoint: Path, data: Mapping[str, Any]) -> None:
+    """Refuses to go on with other data than a checkpoint saw.
+
+    Numbers that are measured, floats, may differ by what machines round to.
+
+    Raises:
+        ConfigError: naming what differs, with both values.
+    """
+    if not (checkpoint / MANIFEST).exists():
+        return
+    before = json.loads((checkpoint / MANIFEST).read_text())["data"]
+
+    def same(old: Any, new: Any) -> bool:
+        return math.isclose(old, new, rel_tol=1e-3, abs_tol=1e-3) if isinstance(new, float) else old == new
+
+    differing = [
+        f"{name}: {before[name]} -> {now}"
+        for name, now in data.items()
+        if name in before and not same(before[name], now)
+    ]
+    if differing:
+        raise ConfigError(
+            f"data.source: {checkpoint} was trained on other images; use another out=FOLDER, or undo:\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def data_facts(data: Data, gaussian: GaussianDenoiser) -> dict[str, Any]:
+    """What a checkpoint remembers of the data, to tell whether they are still the same."""
+    return {
+        "images to train on": len(data.train),
+        "images held out": len(data.heldout),
+        "shape": list(data.event_shape),
+        "classes": data.n_classes,
+        "mean": round(float(gaussian.mean.double().mean()), 6),
+        "variance": round(float(gaussian.variance), 6),
+    }
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
