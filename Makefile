@@ -2,6 +2,8 @@
 # make test   sets up, then runs the tests (make test-slow: those marked slow)
 # make check  lint, format and types
 # make docs   builds the documentation into build/site; warnings are errors
+# make dist   builds wheel and sdist into dist/, checks them, and runs the quickstart from the installed wheel
+# make test-oldest  runs the tests with the oldest PyTorch of pyproject.toml, in build/oldest
 # make bench  measures what the README promises, in 20 minutes on two quiet cores (make bench-full: in hours);
 #             with MNIST=FOLDER EMOJI=ZIP EDM=CHECKOUT MODEL=RUN all of it
 
@@ -12,7 +14,7 @@ K_DIFFUSION := k-diffusion torchdiffeq torchsde trampoline
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process 2
 
-.PHONY: setup demo test test-slow check format docs bench bench-full clean
+.PHONY: setup demo test test-slow check format docs dist test-oldest bench bench-full clean
 
 setup: .venv/installed
 
@@ -45,6 +47,25 @@ format: setup
 docs: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/check_dist.py dist
+
+# All else as pinned, but for what PyTorch itself asks for in one version.
+OLDEST := torch==2.6.0 torchvision==0.21.0
+
+build/oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/oldest
+	sed -E '/^(torch|torchvision|sympy)==/d' constraints.txt > build/oldest/constraints.txt
+	build/oldest/bin/python -m pip install --quiet --constraint build/oldest/constraints.txt $(OLDEST) --editable '.[train,dev]'
+	build/oldest/bin/python -m pip install --quiet --constraint build/oldest/constraints.txt --no-deps $(K_DIFFUSION)
+	touch $@
+
+test-oldest: build/oldest/installed
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -m "not slow" --numprocesses logical
 
 BENCH := $(BIN)/python benchmarks/bench.py --mnist "$(MNIST)" --emoji "$(EMOJI)" --edm "$(EDM)" --model "$(MODEL)"
 
