@@ -16,7 +16,7 @@ from results import Record, parser
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from gaussnet import DeltaDenoiser, Denoiser, GaussianDenoiser
+from gaussnet import DeltaDenoiser, Denoiser, GaussianDenoiser, MarginalDenoiser
 from gaussnet.denoisers.patch import PatchDenoiser
 from gaussnet.denoisers.pca_local import PCALocalDenoiser
 
@@ -59,6 +59,7 @@ def main() -> None:
     denoisers: dict[str, Denoiser] = {
         "delta": DeltaDenoiser(train),
         "Gaussian": gaussian,
+        "Gaussian with marginals": MarginalDenoiser.fit(train, gaussian),
         "patches, LS": ls,
         "patches, ELS": els,
     }
