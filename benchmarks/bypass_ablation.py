@@ -33,7 +33,7 @@ RATES = (2e-3, 4e-3, 8e-3)
 RATE_SEED = 100
 SHORT = 5  # runs that choose a learning rate have this part of the steps
 
-NO_GATE, HIDDEN = "bypass.gate=false", "bypass.show_gaussian=false"
+NO_GATE, HIDDEN, CHANNEL = "bypass.gate=false", "bypass.show_gaussian=false", "bypass.centre=channel"
 ARMS: dict[str, tuple[str, ...]] = {
     "edm": ("precond=edm",),
     "edm-moments": ("bypass.base=isotropic", HIDDEN, NO_GATE),
@@ -47,6 +47,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-whitened": ("bypass.whiten=true",),
     "marginal": ("bypass.base=marginal",),
     "marginal-hidden": ("bypass.base=marginal", HIDDEN),
+    "edm-moments-channel": ("bypass.base=isotropic", HIDDEN, NO_GATE, CHANNEL),
+    "bypass-all-channel": (CHANNEL,),
+    "marginal-channel": ("bypass.base=marginal", CHANNEL),
     "edm-warm": ("precond=edm", "loss.gaussian_steps=150"),
     "edm-classes": ("precond=edm", "data.labels=true"),
     "bypass-classes": ("data.labels=true", "bypass.gaussian=classes"),

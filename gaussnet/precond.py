@@ -44,6 +44,7 @@ from gaussnet.measured import MeasuredError
 from gaussnet.network_denoiser import NetworkDenoiser, check_range, image_shape, range_arguments
 from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, level_dtype, result_dtype
 
+Centre = Literal["pixel", "channel"]
 Base = Literal["blend", "gaussian", "isotropic", "marginal"]
 
 
@@ -61,6 +62,8 @@ class BypassPrecond(NetworkDenoiser):
             a global linear map that convolutions cannot compute; and D_m(x, sigma), where there is one.
         base: "blend" and "marginal" as above; "gaussian", w = 0; "isotropic", w = 1, EDM's skip about the
             data's moments.
+        centre: "pixel" as above; or "channel", the image about its mean colour. About the mean image, flat
+            backgrounds are no longer flat, but the network can tell where in the image it is.
         whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of c_in (x - mu).
         marginals: with base="marginal", fitted to the training data.
         error: the base's error measured on held-out data, in place of the closed form. With marginals,
@@ -83,6 +86,7 @@ class BypassPrecond(NetworkDenoiser):
         show_gaussian: bool = True,
         base: Base = "blend",
         *,
+        centre: Centre = "pixel",
         whiten: bool = False,
         marginals: Marginals | None = None,
         error: MeasuredError | None = None,
@@ -106,6 +110,8 @@ class BypassPrecond(NetworkDenoiser):
             raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
         if base not in get_args(Base):
             raise ValueError(f"expected base to be one of {', '.join(get_args(Base))}, got {base!r}")
+        if centre not in get_args(Centre):
+            raise ValueError(f"expected centre to be one of {', '.join(get_args(Centre))}, got {centre!r}")
         if isinstance(gaussian, GaussianMixtureDenoiser):
             if error is None:
                 raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
@@ -140,6 +146,7 @@ class BypassPrecond(NetworkDenoiser):
         self.error = error
         self.show_gaussian = show_gaussian
         self.base = base
+        self.centre = centre
         self.whiten = whiten
         self.gate_tol = gate_tol
         self.sigma_data = sigma_data
@@ -249,7 +256,7 @@ class BypassPrecond(NetworkDenoiser):
         return self.gaussian.covariance
 
     def _moments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the isotropic skip and of c_in."""
+        """Mean and variance of the isotropic skip."""
         mean, v = self.gaussian.mean.to(dtype), self.gaussian.variance.to(dtype)
         if self.sigma_data is not None:
             return torch.zeros_like(mean), torch.full_like(v, self.sigma_data**2)
@@ -300,6 +307,9 @@ class BypassPrecond(NetworkDenoiser):
             assert isinstance(self.gaussian, GaussianDenoiser)
             return self.gaussian.filter(lambda lam, s: torch.rsqrt(lam + s**2), x, level).to(level.dtype)
         mean, v = self._moments(level.dtype)
+        if self.centre == "channel" and mean.ndim > 1:
+            flat = mean.mean(tuple(range(1, mean.ndim)), keepdim=True)
+            mean, v = flat, v + (mean - flat).square().mean()
         return expand_as_event(torch.rsqrt(v + level**2), len(self.event_shape)) * (x.to(level.dtype) - mean)
 
     def _other(self, x: Tensor, level: Tensor, gaussian: Tensor) -> Tensor:
@@ -323,6 +333,7 @@ class BypassPrecond(NetworkDenoiser):
             "gate": None if self.gate is None else describe(self.gate),
             "show_gaussian": self.show_gaussian,
             "base": self.base,
+            "centre": self.centre,
             "whiten": self.whiten,
             "marginals": None if self.marginals is None else describe(self.marginals),
             "error": None if self.error is None else describe(self.error),

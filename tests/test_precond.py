@@ -167,6 +167,23 @@ def test_c_out_at_impossible_levels(sigma: float) -> None:
 # Network ------------------------------------------------------------------------------------------
 
 
+@sigmas
+def test_inputs_have_unit_variance_about_either_centre(sigma: float) -> None:
+    gaussian = denoiser("gaussian-full")
+    x = train_digits() + sigma * randn(*train_digits().shape, seed=8)
+    seen: dict[str, Tensor] = {}
+    for centre in ("channel", "pixel"):
+        net = Recorder()
+        BypassPrecond(net, gaussian, centre=centre)(x, sigma)
+        seen[centre] = net.calls[0][0][:, :1]
+        assert float(seen[centre].square().mean()) == pytest.approx(1, abs=0.05), centre
+    flat = seen["channel"].std((2, 3)) / (x.std((2, 3)))
+    torch.testing.assert_close(flat, flat[:1].expand_as(flat))  # scaled and shifted alone
+    isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
+    scale = (isotropic.variance + sigma**2).sqrt()
+    torch.testing.assert_close(seen["pixel"] * scale, x - gaussian.mean)
+
+
 @shown
 @bases
 @sigmas
@@ -536,6 +553,8 @@ def test_options_that_exclude_each_other() -> None:
         BypassPrecond(tiny_unet(in_channels=2), gaussian, base="edm")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="0 <= gate_tol < 1, got 1"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, gate_tol=1)
+    with pytest.raises(ValueError, match="centre to be one of pixel, channel, got 'image'"):
+        BypassPrecond(tiny_unet(in_channels=2), gaussian, centre="image")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"with base='isotropic', got 0.5 with 'blend'"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, sigma_data=0.5)
 

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from gaussnet.fit.spectrum import SHRINKAGES
 from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet
-from gaussnet.precond import Base
+from gaussnet.precond import Base, Centre
 from gaussnet.probes import PAPER_SIGMAS
 from train.augment import Options as Augmentation
 
@@ -124,6 +124,7 @@ class BypassConfig:
     gate_tol: float = 0.01
     show_gaussian: bool = True
     base: str = "blend"  # or gaussian, isotropic, marginal
+    centre: str = "pixel"  # about the mean image; or channel: about the mean colour
     whiten: bool = False
     gaussian: BypassBase = BypassBase.gaussian
     components: int = 10
@@ -131,6 +132,8 @@ class BypassConfig:
     def __post_init__(self) -> None:
         bases = get_args(Base)
         expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
+        centres = get_args(Centre)
+        expect("bypass.centre", self.centre, self.centre in centres, f"one of {', '.join(centres)}")
         one = self.base != "marginal" or self.gaussian is BypassBase.gaussian
         expect("bypass.base", self.base, one, f"another one with bypass.gaussian={self.gaussian.value}")
         expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")

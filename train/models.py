@@ -28,7 +28,7 @@ from gaussnet.gate import SIGMAS
 from gaussnet.networks.blocks import UNetBlock
 from gaussnet.networks.dit import DiTBlock
 from gaussnet.networks.mlp import MLPBlock
-from gaussnet.precond import Base
+from gaussnet.precond import Base, Centre
 from train.augment import label_dim
 from train.config import NETWORKS, BypassBase, Config, ConfigError, Precond
 from train.data import Data, fit_source, generator_for
@@ -228,6 +228,7 @@ def wrap(config: Config, network: nn.Module, wrapping: Wrapping) -> BypassPrecon
             wrapping.gate,
             options.show_gaussian,
             cast(Base, options.base),
+            centre=cast(Centre, options.centre),
             whiten=options.whiten,
             marginals=wrapping.marginals,
             error=wrapping.error,
