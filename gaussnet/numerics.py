@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -119,15 +119,18 @@ def expand_as_event(values: Tensor, event_ndim: int) -> Tensor:
     return values.reshape(*values.shape, *(1,) * event_ndim)
 
 
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> AbstractContextManager[object]:
     """No autocast and no reduced-precision float32 matrix products inside the block."""
+    # The precision is global and read when a kernel is launched; a compiled graph reads it when it is built,
+    # where it cannot be changed for a part of the graph.
+    if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
+        return torch.autocast(device_type, enabled=False)
+    return _full_precision(device_type)
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
     with torch.autocast(device_type, enabled=False):
-        # The setting is global and read when a kernel is launched; a compiled graph reads it when it
-        # is built, where it cannot be changed for a part of the graph.
-        if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
-            yield
-            return
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:

@@ -140,6 +140,8 @@ def tiny_unet(awake: bool = True, **changes: Any) -> SongUNet:
 def golden(name: str, class_name: str = "EDMPrecond") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments of a SongUNet and the tensors of NVlabs/edm's model around it, by the file's name."""
     path = Path(__file__).parent / "fixtures" / "golden" / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"{path.name} lies in the repository alone")
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
