@@ -67,6 +67,7 @@ ENTRIES = (
     Entry("few_images", needs=("emoji",)),
     Entry("local_denoisers"),
     Entry("precision", "--queries 16 --images 10000", "--queries 64", takes=("mnist",)),
+    Entry("conditioning"),
     Entry("network_speed", "--repeats 7", "--repeats 15 --compile", needs=("edm",)),
     Entry("train_step", "--repeats 3", "--repeats 9", takes=("mnist",)),
     Entry("sampler_overhead", "--batch 128 --repeats 2", "--repeats 7"),

@@ -46,7 +46,7 @@ class LevelTable(nn.Module):
         log_sigma = torch.log(as_sigma(sigma, self.values, shape, self.values.dtype))
         right = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self.log_sigma) - 1)
         x0, x1 = self.log_sigma[right - 1], self.log_sigma[right]
-        share = ((log_sigma - x0) / (x1 - x0)).clamp(0, 1)
+        share = ((log_sigma - x0) / (x1 - x0).clamp_min(torch.finfo(x0.dtype).tiny)).clamp(0, 1)
         share = share.reshape(share.shape + (1,) * (self.values.ndim - 1))
         return torch.lerp(self.values[right - 1], self.values[right], share)
 

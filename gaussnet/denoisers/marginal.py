@@ -35,7 +35,7 @@ from gaussnet.denoisers.base import Denoiser
 from gaussnet.denoisers.gaussian import GaussianDenoiser
 from gaussnet.fit.streams import Data, batches, process_cat, process_sum, subsample
 from gaussnet.hub import build, describe, register
-from gaussnet.numerics import Sigma, as_sigma, check_event, compute_dtype, result_dtype
+from gaussnet.numerics import Sigma, as_sigma, check_event, compute_dtype, result_dtype, wide_dtype
 
 _POOLED = 2**22  # values from which levels are chosen
 _CACHED = 2**16  # numbers in an array
@@ -262,6 +262,11 @@ class MarginalDenoiser(Denoiser):
     def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         check_event(x, self.event_shape, type(self).__name__)
         return self.marginals.refine(self.gaussian, self.gaussian(x, sigma), sigma)
+
+    def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        check_event(x, self.event_shape, type(self).__name__)
+        # Wide: where sigma is small, D - x is what the digits of float32 do not hold.
+        return super().score(x.to(wide_dtype(x.device)), sigma, class_labels).to(result_dtype(x))
 
     def to_arguments(self) -> dict[str, Any]:
         return {"gaussian": describe(self.gaussian), "marginals": describe(self.marginals)}

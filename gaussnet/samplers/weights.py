@@ -28,7 +28,7 @@ _EVEN = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24,
 
 def exponential(sigma: float, sigma_next: float, levels: Sequence[float]) -> list[float]:
     """Of the data, exact for polynomials in log sigma."""
-    return _integrals(math.log(sigma / sigma_next), _log_nodes(sigma, levels), 1)
+    return _integrals(_log_ratio(sigma, sigma_next), _log_nodes(sigma, levels), 1)
 
 
 def simplified(variant: str) -> Weights:
@@ -42,7 +42,7 @@ def simplified(variant: str) -> Weights:
 def _simplified(variant: str, sigma: float, sigma_next: float, levels: Sequence[float]) -> list[float]:
     if len(levels) != 2:
         return exponential(sigma, sigma_next, levels)
-    h, nodes = math.log(sigma / sigma_next), _log_nodes(sigma, levels)
+    h, nodes = _log_ratio(sigma, sigma_next), _log_nodes(sigma, levels)
     other = 0 if levels[1] == sigma else 1  # the output at sigma itself carries the step
     total = -math.expm1(-h)
     weight = (h if variant == "bh1" else total) * h / (2 * nodes[other])
@@ -53,8 +53,9 @@ def half_curvature(sigma: float, sigma_next: float, levels: Sequence[float]) -> 
     """DPM-Solver++(3M)'s as published: of three outputs, with half of their second derivative."""
     if len(levels) != 3:
         return _simplified("bh2", sigma, sigma_next, levels)
-    h, nodes = math.log(sigma / sigma_next), _log_nodes(sigma, levels)
-    square = h * h - 2 * h - 2 * math.expm1(-h)  # int_0^h exp(tau - h) tau^2 dtau
+    h, nodes = _log_ratio(sigma, sigma_next), _log_nodes(sigma, levels)
+    tau, measure = _quadrature(h, 1)  # in closed form, the integral of tau^2 would cancel where h is small
+    square = float((measure * tau**2).sum())
     exact = exponential(sigma, sigma_next, levels)
     others = ([nodes[k] - nodes[j] for j in range(3) if j != k] for k in range(3))
     return [weight - 0.5 * square / math.prod(gaps) for weight, gaps in zip(exact, others, strict=True)]
@@ -67,7 +68,7 @@ def adams(sigma: float, sigma_next: float, levels: Sequence[float]) -> list[floa
 
 def log_adams(sigma: float, sigma_next: float, levels: Sequence[float]) -> list[float]:
     """Of the noise, exact for polynomials in log sigma."""
-    scaled = _integrals(math.log(sigma / sigma_next), _log_nodes(sigma, levels), -1)
+    scaled = _integrals(_log_ratio(sigma, sigma_next), _log_nodes(sigma, levels), -1)
     return [-sigma_next * weight for weight in scaled]  # ds = -sigma' exp(h - tau) dtau
 
 
@@ -77,15 +78,25 @@ def even_adams(sigma: float, sigma_next: float, levels: Sequence[float]) -> list
 
 
 def _log_nodes(sigma: float, levels: Sequence[float]) -> list[float]:
-    return [math.log(sigma / level) for level in levels]
+    return [_log_ratio(sigma, level) for level in levels]
+
+
+def _log_ratio(a: float, b: float) -> float:
+    """log(a/b), to the last digit also where both are close: their quotient rounds away what parts them."""
+    return math.log1p((a - b) / b) if a > b else -math.log1p((b - a) / a)
 
 
 def _integrals(h: float, nodes: Sequence[float], rate: int) -> list[float]:
     """int_0^h exp(rate (tau - h)) L_j(tau) dtau for the Lagrange polynomials L_j of the nodes."""
-    tau = h * POINTS
-    measure = h * SHARES * np.exp(rate * (tau - h))
+    tau, measure = _quadrature(h, rate)
     bases = (
         np.prod([(tau - other) / (node - other) for other in nodes if other != node], axis=0)
         for node in nodes
     )
     return [float((measure * basis).sum()) for basis in bases]
+
+
+def _quadrature(h: float, rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points tau in [0, h], and the shares that they have in int_0^h exp(rate (tau - h)) ... dtau."""
+    tau = h * POINTS
+    return tau, h * SHARES * np.exp(rate * (tau - h))
