@@ -73,7 +73,7 @@ ENTRIES = (
     Entry("sampler_overhead", "--batch 128 --repeats 2", "--repeats 7"),
     Entry(
         "teleport",
-        "--seeds 64 --solvers dpmpp_2m unipc deis --parts rms heun --samples 500",
+        "--seeds 96 --solvers dpmpp_2m unipc deis --parts rms heun --samples 500",
         "--seeds 256 --parts rms heun frechet rho",
         takes=("mnist",),
         needs=("model",),
