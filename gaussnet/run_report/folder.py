@@ -209,8 +209,9 @@ def _text(path: Path) -> str:
 
 
 def _finite(value: object) -> float | int | None:
-    known = isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER  # which nan is not
-    return value if known else None
+    if isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER:  # which nan is not
+        return value
+    return None
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
