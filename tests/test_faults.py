@@ -741,14 +741,14 @@ def test_sampling_killed_again_and_again_has_whole_images_alone(model: Path, tmp
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path, rounds: int) -> None:
-    options = (f"train.steps={12 * rounds}", "checkpoint.every=1", "heldout.every=3", "probe.share=1")
+    options = (f"train.steps={30 * rounds}", "checkpoint.every=1", "heldout.every=3", "probe.share=1")
     run(tmp_path / "whole", *options)
     random, kills, out = np.random.default_rng(rounds), 0, tmp_path / "killed"
     for number in range(10 * rounds):
         if (out / "report.md").exists() or kills == rounds:
             break
         # By turns: at any moment, and where it writes; about 30 calls a step change files.
-        at, pause, before = int(random.integers(20, 400)), random.uniform(0, 0.3), latest(out)
+        at, pause, before = int(random.integers(20, 400)), random.uniform(0, 0.1), latest(out)
 
         def after_a_save(before: str = before, pause: float = pause) -> None:
             wait_for(lambda: latest(out) != before or (out / "report.md").exists())

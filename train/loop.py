@@ -61,9 +61,13 @@ def run(config: Config) -> None:
         log.info(f"{folder.path} is complete: {config.train.steps} steps.\n\n{folder.report.read_text()}")
         return
     from_main(accelerator, folder.lock)
+    fits = logging.getLogger("gaussnet.fit")
+    level = fits.level
+    fits.setLevel(logging.ERROR)  # components of few images have fewer axes than asked for: no news in a run
     try:
         fit_and_train(config, folder, accelerator)
     finally:
+        fits.setLevel(level)
         folder.unlock()
 
 
@@ -71,9 +75,6 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     """Trains in a folder that is this run's alone."""
     is_main, device, world = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
-
-    # Components of few images have fewer axes than asked for; that is no news in a run.
-    logging.getLogger("gaussnet.fit").setLevel(logging.ERROR)
 
     # Fit.
     data = load_data(config.data)
