@@ -50,6 +50,8 @@ def test_the_best_share_has_the_least_error() -> None:
         errors = [float(table.error(level, best + step, gaussian.variance)) for step in (0.0, -0.02, 0.02)]
         inside = 0.02 < best < 0.98
         assert not inside or errors[0] < min(errors[1:]), sigma
+        ends = [float(table.error(level, torch.full_like(level, end), gaussian.variance)) for end in (0, 1)]
+        assert errors[0] <= min(ends), sigma
         x = held_out_digits().repeat(6, 1, 1, 1)
         noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).double()
         blend = torch.lerp(gaussian(noisy, sigma), other(noisy, sigma), best)
