@@ -3,6 +3,7 @@
     python benchmarks/bypass_ablation.py run --mnist FOLDER --emoji ZIP --task core
     python benchmarks/bypass_ablation.py run --mnist FOLDER --emoji ZIP --task emoji32 --arm edm bypass-all
     python benchmarks/bypass_ablation.py list
+    python benchmarks/bypass_ablation.py collect        the tables again, from the folders of finished runs
     python benchmarks/bypass_report.py
 
 An arm is a way to train a denoiser, as keys of train/config.py; a task is images, network and steps. Arms
@@ -209,11 +210,36 @@ def _collect(run: Run, path: Path) -> None:
         for row in read(path / "probes.csv")
         if row["weights"] == "ema" and row["queries"] == "noised" and row["quantity"] == "denoiser"
     ]
+    if run.seed == RATE_SEED:  # these only choose a rate
+        last = max((int(row["step"]) for row in heldout), default=0)
+        heldout = [row for row in heldout if int(row["step"]) == last]
     merge("errors", label, heldout, ("step", "sigma", "error"))
     merge("measures", label, json.loads((path / "measured.json").read_text()), ("name", "value"))
     if run.seed != RATE_SEED:
-        merge("modes", label, modes, ("step", "sigma", "axes", "variance", "error", "gaussian"))
+        merge(
+            "modes",
+            label,
+            learned(modes),
+            ("sigma", "axes", "variance", "first", "last", "gaussian", "learned"),
+        )
         merge("probes", label, probes, ("step", "sigma", "reference", "mean"))
+
+
+def learned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A row for each level and band of axes: errors before and after training, and when it came.
+
+    `learned` is the first step measured at which the error is within a tenth of the last one.
+    """
+    bands: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["step"])):
+        bands.setdefault((row["sigma"], row["axes"]), []).append(row)
+    table: list[dict[str, str]] = []
+    for curve in bands.values():
+        target = 1.1 * float(curve[-1]["error"])
+        step = next(row["step"] for row in curve if float(row["error"]) <= target)
+        ends = {"first": curve[0]["error"], "last": curve[-1]["error"], "learned": step}
+        table.append({**curve[-1], **ends})
+    return table
 
 
 def merge(
@@ -269,7 +295,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "list"):
+    for name in ("run", "list", "collect"):
         command = commands.add_parser(name)
         command.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of the runs")
         command.add_argument("--mnist", help="folder of MNIST's files (default: torchvision's)")
@@ -297,6 +323,9 @@ def work(tasks: list[str], options: argparse.Namespace, folder: Path, data: Mapp
             if options.command == "list":
                 done = (folder / run.name / "measured.json").is_file()
                 print(f"{'done' if done else 'open':5} {run.name}, {run.steps} steps")
+            elif options.command == "collect":
+                if (folder / run.name / "measured.json").is_file():
+                    collect(run, folder)
             elif train(run, folder, options.threads):
                 collect(run, folder)
                 print(f"{run.name}: {last_error(folder / run.name):.4f}", flush=True)

@@ -174,27 +174,20 @@ def draw_curves(found: Mapping[tuple[str, str, int], Curve]) -> None:
 
 
 def draw_modes(task: str) -> None:
-    """When each band of axes is learned: steps to halfway, in log error, between the first and last error."""
-    found: dict[tuple[str, float, float], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """When each band of axes is learned: the first step within a tenth of its last error."""
+    found: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(TABLES / "modes.csv"):
-        if row["task"] == task and row["sigma"] in ("0.2", "0.5", "1"):
-            key = (row["arm"], float(row["sigma"]), float(row["variance"]))
-            found[key][int(row["step"])].append(math.log(float(row["error"])))
+        if row["task"] == task and row["arm"] in SHOWN:
+            found[row["arm"], float(row["sigma"])][float(row["variance"])].append(float(row["learned"]))
     if not found:
         return
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
     for axis, sigma in zip(axes, (0.2, 0.5, 1.0), strict=True):
         for arm in SHOWN:
-            points: list[tuple[float, float]] = []
-            for (name, own, variance), by_step in found.items():
-                if (name, own) != (arm, sigma):
-                    continue
-                curve = [(step, float(np.mean(logs))) for step, logs in sorted(by_step.items())]
-                target = curve[-1][1] + math.log(1.1)  # within a tenth of its last error
-                points.append((variance, next(step for step, value in curve if value <= target)))
+            points = [(variance, np.mean(steps)) for variance, steps in sorted(found[arm, sigma].items())]
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), "o-", ms=3, lw=1.2, label=arm)
+                axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label=arm)
         axis.set(xscale="log", title=rf"$\sigma$ = {sigma:g}", xlabel="variance along the axes")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("steps to within 10% of the last error")
