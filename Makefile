@@ -39,6 +39,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+	$(BIN)/basedpyright --verifytypes gaussnet --ignoreexternal --pythonpath $(BIN)/python
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,7 @@ from gaussnet.denoisers import (
     PCALocalDenoiser,
     PosteriorCovariance,
 )
+from gaussnet.edm import EDMPrecond
 from gaussnet.edm_import import import_edm
 from gaussnet.edm_pickle import read_edm_pickle
 from gaussnet.edm_preconds import VEPrecond, VPPrecond, iDDPMPrecond
@@ -31,7 +32,7 @@ from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import from_pretrained
 from gaussnet.measured import MeasuredError
 from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet
-from gaussnet.precond import BypassPrecond, EDMPrecond
+from gaussnet.precond import BypassPrecond
 from gaussnet.probes import ScoreProbe, unexplained_variance
 from gaussnet.samplers import (
     SOLVERS,

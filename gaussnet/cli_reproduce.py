@@ -37,7 +37,7 @@ def _add_setting(parser: argparse.ArgumentParser, needs_data: bool, model: str |
         required=model is None,
         default=model,
         help="a folder of save_pretrained, a hub repository, an EDM snapshot (.pkl), diffusers:PATH, or an "
-        "analytic denoiser: isotropic, gaussian, classes, mixture-K, delta"
+        "analytic denoiser: isotropic, gaussian, marginal, classes, mixture-K, delta"
         + ("" if model is None else f" (default {model})"),
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")

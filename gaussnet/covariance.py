@@ -194,7 +194,7 @@ class CosineCovariance(Covariance):
                 "expected finite eigenvalues >= 0, got a range of "
                 f"[{eigvals.min().item():g}, {eigvals.max().item():g}]"
             )
-        self.image_shape = eigvals.shape
+        self.image_shape: torch.Size = eigvals.shape
         self.register_buffer("eigvals", eigvals.flatten())
         self.register_buffer("rotation", rotation)
         self.register_buffer("tail", eigvals.new_zeros(()))

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gaussnet.denoisers import Denoiser
+from gaussnet.edm import EDMPrecond
 from gaussnet.edm_pickle import EDMSnapshot, read_edm_pickle
 from gaussnet.edm_preconds import VEPrecond, VPPrecond, iDDPMPrecond
 from gaussnet.edm_unpickler import EDMPickleError, shown
 from gaussnet.networks.dhariwal_unet import DhariwalUNet
 from gaussnet.networks.song_unet import SongUNet
-from gaussnet.precond import EDMPrecond
 
 MAX_PIXELS = 2**26  # of one image, all channels
 
@@ -120,7 +120,7 @@ def _check_size(network: type[nn.Module], arguments: Mapping[str, Any], numbers:
     embeddings, a filter.
     """
     defaults = {name: p.default for name, p in inspect.signature(network).parameters.items()}
-    config = {"channel_mult_noise": 1, "resample_filter": (), **defaults, **arguments}
+    config: dict[str, Any] = {"channel_mult_noise": 1, "resample_filter": (), **defaults, **arguments}
     counts = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "model_channels")
     for name in (*counts, "num_blocks", "channel_mult_emb", "channel_mult_noise"):
         if type(config[name]) is not int or config[name] < 0:

@@ -142,11 +142,11 @@ class VPPrecond(NoisePrecond):
         super().__init__(network, event_shape)
         if not 0 < epsilon_t < 1:
             raise ValueError(f"expected 0 < epsilon_t < 1, got {epsilon_t}")
-        self.schedule = VPSchedule(beta_min, beta_d)
+        self.schedule: VPSchedule = VPSchedule(beta_min, beta_d)
         self.M = _check_steps(M)
         self.epsilon_t = epsilon_t
-        self.sigma_min = float(self.sigma(epsilon_t))
-        self.sigma_max = float(self.sigma(1.0))
+        self.sigma_min: float = float(self.sigma(epsilon_t))
+        self.sigma_max: float = float(self.sigma(1.0))
 
     def sigma(self, t: Time) -> Tensor:
         """The noise level at time t in [0, 1]; float64, of the shape of t."""
@@ -250,8 +250,8 @@ class iDDPMPrecond(NoisePrecond):
         self.C_2 = C_2
         self.M = _check_steps(M)
         self.register_buffer("u", _iddpm_levels(C_1, C_2, M).float())
-        self.sigma_min = float(self.u[M - 1])
-        self.sigma_max = float(self.u[0])
+        self.sigma_min: float = float(self.u[M - 1])
+        self.sigma_max: float = float(self.u[0])
 
     def round_sigma(self, sigma: Sigma | Sequence[float]) -> Tensor:
         """The nearest of u_0 .. u_(M-1); arguments, result and errors as for every preconditioner.

@@ -194,9 +194,12 @@ def _pop(stack: list[Any], count: int) -> tuple[Any, ...]:
     return items
 
 
+_FILLED: dict[str, type] = {"APP": list, "ADD": set, "SET": dict}
+
+
 def _fill(opcode: str, target: Any, items: Sequence[Any]) -> None:
     """Adds items to a list, a set or a dict (keys and values in turn), and to nothing else."""
-    if type(target) is not {"APP": list, "ADD": set, "SET": dict}[opcode[:3]]:
+    if type(target) is not _FILLED[opcode[:3]]:
         raise EDMPickleError(f"refused: {opcode} on {kind_of(target)}")
     if type(target) is list:
         target.extend(items)
@@ -301,7 +304,8 @@ def _storage(data: bytes) -> _Storage:
         raise EDMPickleError(f"{where}: {str(error)[:200]}") from error
     if type(storage) is not torch.storage.TypedStorage:
         raise EDMPickleError(f"{where}: expected a storage, got {kind_of(storage)}")
-    raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage._untyped_storage)
+    # The public TypedStorage.untyped() warns that it is deprecated.
+    raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage._untyped_storage)  # pyright: ignore[reportPrivateUsage]
     # A header may announce numbers that do not follow: then memory was reserved, and nothing read into it.
     if not np.array_equal(raw.numpy(), np.frombuffer(data, np.uint8)[len(data) - len(raw) :]):
         raise EDMPickleError(f"{where}: expected the {len(raw)} bytes of a storage at the end of its data")

@@ -46,7 +46,7 @@ class GaussianFlow:
 
     def __init__(self, gaussian: GaussianDenoiser, schedule: Schedule | None = None) -> None:
         self.gaussian = gaussian
-        self.schedule = EDMSchedule() if schedule is None else schedule
+        self.schedule: Schedule = EDMSchedule() if schedule is None else schedule
 
     def psi(self, t: Time, start: Time, lam: Tensor | float) -> Tensor:
         """The state's coefficient along an eigenvector relative to its start (Eq. 15, 18)."""

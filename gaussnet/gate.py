@@ -27,7 +27,7 @@ from gaussnet.fit.streams import Data, subsample
 from gaussnet.hub import register
 from gaussnet.tables import LevelTable
 
-SIGMAS = torch.logspace(-1.3, 2, 25, dtype=torch.float64).tolist()
+SIGMAS: list[float] = torch.logspace(-1.3, 2, 25, dtype=torch.float64).tolist()
 
 
 @register

@@ -108,7 +108,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         TypeError: if the module's class is not registered.
     """
     name = type(module).__name__
-    if _REGISTRY.get(name) is not type(module) or not isinstance(module, Rebuildable):
+    if not isinstance(module, Rebuildable) or _REGISTRY.get(name) is not type(module):
         raise TypeError(
             f"{name} cannot be saved: decorate its class with @gaussnet.hub.register "
             f"(it needs to_arguments and from_arguments)"
@@ -122,7 +122,8 @@ def build(description: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: if the description is malformed or names an unknown class.
     """
-    if not isinstance(description, Mapping) or not {"class_name", "arguments"} <= set(description):
+    # Of a file it may be anything.
+    if not isinstance(description, Mapping) or not {"class_name", "arguments"} <= set(description):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"expected a mapping with class_name and arguments, got {description!r:.200}")
     name = description["class_name"]
     cls = _REGISTRY.get(name) if isinstance(name, str) else None

@@ -13,7 +13,8 @@ smooth fractions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,10 +27,20 @@ from gaussnet.tables import LevelTable
 
 @register
 class MeasuredError(LevelTable):
-    """A table of E e^2, E e e_iso, E e_iso^2 over log sigma, each over v s^2/(v + s^2); values (n, 3)."""
+    """A table of E e^2, E e e_iso, E e_iso^2 over log sigma, each over v s^2/(v + s^2).
 
-    def __init__(self, sigmas: Tensor, values: Tensor) -> None:
+    Args:
+        sigmas: increasing noise levels, shape (n,), n >= 2.
+        values: the three moments at these levels, shape (n, 3).
+        other: the class of the denoiser that the base was blended with, by name; "" if it is not known.
+
+    Raises:
+        ValueError: if the table is malformed.
+    """
+
+    def __init__(self, sigmas: Tensor, values: Tensor, other: str = "") -> None:
         super().__init__(sigmas, values)
+        self.other = other
         if values.ndim != 2 or values.shape[1] != 3 or not bool(torch.isfinite(values).all()):
             raise ValueError(f"expected finite values of shape (n, 3), got {tuple(values.shape)}")
 
@@ -87,7 +98,8 @@ class MeasuredError(LevelTable):
                 rows.append(
                     [float((a * b).mean()) / unit for a, b in ((e, e), (e, e_other), (e_other, e_other))]
                 )
-        return cls(levels.to(buffer), torch.tensor(rows, dtype=torch.float64).to(buffer))
+        table = torch.tensor(rows, dtype=torch.float64)
+        return cls(levels.to(buffer), table.to(buffer), type(other).__name__)
 
     def error(self, sigma: Tensor, share: Tensor, variance: Tensor) -> Tensor:
         """The mean squared error per dimension of a base of which `share` is the other; shape of sigma."""
@@ -100,6 +112,15 @@ class MeasuredError(LevelTable):
         own, cross, other = self(sigma).to(sigma.dtype).unbind(-1)
         difference = own - 2 * cross + other
         return ((own - cross) / difference.clamp_min(_TINY)).clamp(0, 1)
+
+    def to_arguments(self) -> dict[str, Any]:
+        return {**super().to_arguments(), "other": self.other}
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
+        table = super().from_arguments(arguments)
+        table.other = arguments.get("other", "")  # older tables do not tell
+        return table
 
 
 _TINY = torch.finfo(torch.float32).tiny

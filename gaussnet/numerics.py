@@ -8,7 +8,7 @@ their matrix products, since (x - mu) / sigma^2 at sigma = 0.002 leaves no digit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -38,7 +38,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def check_event(x: Tensor, event_shape: tuple[int, ...], owner: str) -> tuple[int, ...]:
+def check_event(x: object, event_shape: tuple[int, ...], owner: str) -> tuple[int, ...]:
     """Checks that `x` is a batch of events and returns its batch shape.
 
     Args:
@@ -129,7 +129,7 @@ def full_precision(device_type: str) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
+def _full_precision(device_type: str) -> Generator[None]:
     with torch.autocast(device_type, enabled=False):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

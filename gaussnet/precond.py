@@ -37,11 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from gaussnet.covariance import Covariance
-from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, Marginals
+from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
+from gaussnet.fit.streams import Data
 from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import build, describe
 from gaussnet.measured import MeasuredError
-from gaussnet.network_denoiser import NetworkDenoiser, check_range, image_shape, range_arguments
+from gaussnet.network_denoiser import NetworkDenoiser, check_range, range_arguments
 from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, level_dtype, result_dtype
 
 Centre = Literal["pixel", "channel"]
@@ -77,6 +78,9 @@ class BypassPrecond(NetworkDenoiser):
         ValueError: if the network's `in_channels` or `out_channels` do not fit, the Gaussian has no
             variance, or options exclude each other.
     """
+
+    sigma_min: float
+    sigma_max: float
 
     def __init__(
         self,
@@ -130,9 +134,13 @@ class BypassPrecond(NetworkDenoiser):
                     "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
                     f"got a {type(gaussian).__name__} and error={error}"
                 )
+            if error.other not in ("", MarginalDenoiser.__name__):
+                raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
             if marginals.event_shape != gaussian.event_shape:
                 shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
                 raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
+        elif error is not None and error.other == MarginalDenoiser.__name__:
+            raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")
         if not 0 <= gate_tol < 1:
             raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
         if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):
@@ -153,9 +161,59 @@ class BypassPrecond(NetworkDenoiser):
         self.sigma_min, self.sigma_max = check_range(sigma_min, sigma_max)
 
     @classmethod
+    def fit(
+        cls,
+        network: nn.Module,
+        data: Data,
+        heldout: Data | None = None,
+        *,
+        gaussian: GaussianDenoiser | None = None,
+        base: Base = "marginal",
+        mirror: bool = False,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Self:
+        """A network around closed forms that are fitted to data, all of them, in one call.
+
+        Args:
+            network: as of the class.
+            data: the training set (N, C, H, W), or an iterable of batches that can be gone through several
+                times.
+            heldout: some hundred samples that are not in the training set, with base="marginal": the error
+                of the base is measured on them.
+            gaussian: default: `GaussianDenoiser.fit(data)`.
+            base: as of the class.
+            mirror: whether training will mirror half of the images, left to right.
+            generator: draws the noise that gate and error are measured with.
+            **options: further ones of the class. gate=None leaves the gate out.
+
+        Raises:
+            TypeError: as of the fits.
+            ValueError: as of the class and the fits, or without held-out samples where they are needed.
+
+        Example:
+            >>> from gaussnet import SongUNet
+            >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+            >>> network = SongUNet(8, in_channels=3, out_channels=1, model_channels=16, channel_mult=[1])
+            >>> model = BypassPrecond.fit(network, images[:200], images[200:])
+            >>> model(torch.randn(4, 1, 8, 8), sigma=1.0).shape
+            torch.Size([4, 1, 8, 8])
+        """
+        gaussian = GaussianDenoiser.fit(data, mirror=mirror) if gaussian is None else gaussian
+        if base == "marginal":
+            if heldout is None:
+                raise ValueError("expected heldout samples with base='marginal', got None")
+            other = MarginalDenoiser.fit(data, gaussian, generator=generator, mirror=mirror)
+            options["marginals"] = other.marginals
+            options["error"] = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
+        if "gate" not in options:
+            options["gate"] = Gate.fit(gaussian, data, generator=generator)
+        return cls(network, gaussian, base=base, **options)
+
+    @classmethod
     def from_edm(
         cls,
-        edm_model: EDMPrecond,
+        edm_model: BypassPrecond,
         gaussian: GaussianDenoiser,
         sigma_gate: float | None = None,
         tol: float = 0.1,
@@ -165,7 +223,8 @@ class BypassPrecond(NetworkDenoiser):
         """A trained EDM model that is exactly Gaussian, and free, above a noise level.
 
         Args:
-            edm_model: below the level, the result is this denoiser. Its network is shared, not copied.
+            edm_model: an `EDMPrecond`. Below the level, the result is this denoiser. Its network is shared,
+                not copied.
             gaussian: fitted to the model's training data.
             sigma_gate: the level. Default: the lowest of 31 from 0.5 to 80 above which the two denoisers
                 differ, in mean square over draws of N(mu, Sigma + sigma^2 I), by less than (tol e(sigma))^2.
@@ -174,8 +233,11 @@ class BypassPrecond(NetworkDenoiser):
             generator: draws them, on the Gaussian's device.
 
         Raises:
-            ValueError: if event shapes differ, or the two denoisers do, at the highest level, too.
+            ValueError: if the model is not EDM's, event shapes differ, or the two denoisers do, at the
+                highest level, too.
         """
+        if edm_model.sigma_data is None:
+            raise ValueError(f"expected an EDMPrecond, with sigma_data, got base={edm_model.base!r}")
         if edm_model.event_shape != gaussian.event_shape:
             shapes = f"{tuple(edm_model.event_shape)} and {tuple(gaussian.event_shape)}"
             raise ValueError(f"expected a model and a Gaussian of one event shape, got {shapes}")
@@ -344,63 +406,8 @@ class BypassPrecond(NetworkDenoiser):
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
-        options = {**arguments, "sigma_max": arguments["sigma_max"] or math.inf}
+        options: dict[str, Any] = {**arguments, "sigma_max": arguments["sigma_max"] or math.inf}
         for name in ("network", "gaussian", "gate", "marginals", "error"):
             described = options.get(name)  # older models do not tell of marginals
             options[name] = None if described is None else build(described)
         return cls(**options)
-
-
-class EDMPrecond(BypassPrecond):
-    """EDM's preconditioning (Table 1 of arXiv 2206.00364): the bypass of N(0, sigma_data^2 I).
-
-    Args:
-        network: as in `BypassPrecond`, with as many input as output channels.
-        sigma_data: assumed standard deviation of the data.
-        event_shape: shape of one sample; default: the network's `in_channels` and `img_resolution`.
-        sigma_min: lowest level that the network was made for.
-        sigma_max: highest level that the network was made for.
-
-    Raises:
-        ValueError: if sigma_data is not positive, or the network's channels do not fit.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        sigma_data: float = 0.5,
-        event_shape: tuple[int, ...] | None = None,
-        sigma_min: float = 0.0,
-        sigma_max: float = math.inf,
-    ) -> None:
-        if not 0 < sigma_data < float("inf"):
-            raise ValueError(f"expected a finite sigma_data > 0, got {sigma_data}")
-        if event_shape is None:
-            event_shape = image_shape(network)
-        gaussian = GaussianDenoiser.isotropic(torch.zeros(event_shape), sigma_data**2)
-        super().__init__(
-            network, gaussian, show_gaussian=False, base="gaussian", sigma_min=sigma_min, sigma_max=sigma_max
-        )
-        self.sigma_data = sigma_data
-        # sigma_data says it all: without these, state dicts are those of EDM, key by key.
-        for module in (gaussian, gaussian.covariance):
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, buffer, persistent=False)
-
-    def to_arguments(self) -> dict[str, Any]:
-        return {
-            "network": describe(self.model),
-            "sigma_data": self.sigma_data,
-            "event_shape": list(self.event_shape),
-            **range_arguments(self),
-        }
-
-    @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
-        return cls(
-            build(arguments["network"]),
-            arguments["sigma_data"],
-            tuple(arguments["event_shape"]),
-            arguments["sigma_min"],
-            arguments["sigma_max"] or math.inf,
-        )

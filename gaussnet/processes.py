@@ -8,7 +8,7 @@ Work is shared by rank; results travel as Python objects over gloo, whatever the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,13 +44,14 @@ class Processes:
     def device(self, name: str | None = None) -> torch.device:
         """The device that `--device` names; default: this process's GPU if there is one."""
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is None and self.world > 1:
+        # Without a number the index is None, whatever PyTorch's annotations say.
+        if device.type == "cuda" and device.index is None and self.world > 1:  # pyright: ignore[reportUnnecessaryComparison]
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return device
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def joined_processes() -> Generator[Processes]:
     """Joins the processes of a launcher, for as long as the context lasts; one, without a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield Processes()

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GuidedDenoiser
+from gaussnet.edm import EDMPrecond
 from gaussnet.network_denoiser import NetworkDenoiser
-from gaussnet.precond import BypassPrecond, EDMPrecond
+from gaussnet.precond import BypassPrecond
 from gaussnet.samplers import SOLVERS, ModelStatistics, find_sigma_skip, karras_sigmas, teleport
 
 GATE_TOL = 0.1  # of the gate; of the share of e(s)^2 its square

@@ -120,7 +120,7 @@ class DiscreteSchedule(Schedule):
                 f"{table[0].item():g} to {table[-1].item():g}"
             )
         self.alphas_cumprod = table
-        self.log_levels = 0.5 * (torch.log1p(-table) - torch.log(table))  # log(sigma/alpha), increasing
+        self.log_levels: Tensor = 0.5 * (torch.log1p(-table) - torch.log(table))  # log(sigma/alpha), rising
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiscreteSchedule:

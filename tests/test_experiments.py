@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, open_images
+from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, open_images
 from gaussnet.cli import main
 from gaussnet.experiments import EXPERIMENTS, Setting, defaults, run, score_deviation
 from gaussnet.experiments.running import SUFFIXES, Reading, Row, markdown
@@ -173,6 +173,7 @@ def test_references() -> None:
     expected = {
         "gaussian": GaussianDenoiser.fit(images),
         "isotropic": GaussianDenoiser.isotropic(images.mean(0), GaussianDenoiser.fit(images).variance),
+        "marginal": MarginalDenoiser.fit(images),
         "point": GaussianDenoiser.isotropic(images.mean(0), 0.0),
         "classes": GaussianMixtureDenoiser.fit(images, labels=labels),
         "mixture-3": GaussianMixtureDenoiser.fit(images, 3),

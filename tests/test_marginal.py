@@ -174,6 +174,19 @@ def test_the_prior_is_so_many_samples_of_all_pixels() -> None:
     torch.testing.assert_close(prior, (90 * plain + 10 * pooled) / 100, rtol=1e-5, atol=1e-7)
 
 
+def test_mirror_images_are_counted_without_being_made() -> None:
+    data = digits()[0]
+    both = Marginals.fit(torch.cat([data, data.flip(-1)]), prior=4.0)
+    mirrored = Marginals.fit(data, prior=2.0, mirror=True)
+    for name, buffer in both.named_buffers():
+        torch.testing.assert_close(dict(mirrored.named_buffers())[name], buffer, msg=name)
+    pair = MarginalDenoiser.fit(data, mirror=True)
+    x = randn(3, 1, 8, 8)
+    torch.testing.assert_close(pair(x, 0.5).flip(-1), pair(x.flip(-1), 0.5))
+    with pytest.raises(ValueError, match=r"expected images to mirror, got samples of shape \(64,\)"):
+        Marginals.fit(data.flatten(1), mirror=True)
+
+
 def test_moments_of_smooth_data_are_kept() -> None:
     data = randn(5000, 3, seed=9) * torch.tensor([0.2, 1.0, 3.0])
     own = Marginals.fit(data, 32, prior=0.0)

@@ -8,7 +8,7 @@ import torch
 from cases import cubature, digits, held_out_digits, split, train_digits
 from torch import Tensor
 
-from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MeasuredError
+from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, MeasuredError
 
 LEVELS = [0.02, 0.1, 0.5, 2.0, 20.0]
 
@@ -87,6 +87,14 @@ def test_moments_of_a_mixture_are_those_of_its_samples() -> None:
     torch.testing.assert_close(mixture.mean, data.mean(0))
     expected = (data - data.mean(0)).square().mean()
     torch.testing.assert_close(mixture.variance, expected, rtol=1e-9, atol=0)
+
+
+def test_it_is_saved_with_what_it_was_measured_against() -> None:
+    gaussian = GaussianDenoiser.fit(train_digits())
+    table = fitted(gaussian, held_out_digits(), other=MarginalDenoiser.fit(train_digits(), gaussian))
+    assert MeasuredError.from_arguments(table.to_arguments()).other == table.other == "MarginalDenoiser"
+    assert fitted(gaussian, held_out_digits()).other == "GaussianDenoiser"
+    assert MeasuredError.from_arguments({"shape": [31, 3]}).other == ""  # written by an older version
 
 
 def test_reproducible_with_a_generator() -> None:

@@ -417,6 +417,47 @@ def test_measured_error_takes_the_place_of_the_closed_form() -> None:
             assert float(variance) == pytest.approx(1, abs=0.15), (base, sigma)
 
 
+def test_fit_is_each_fit_by_hand() -> None:
+    data, heldout = train_digits(torch.float32), held_out_digits(torch.float32)
+    net = tiny_unet(in_channels=3)
+    model = BypassPrecond.fit(net, data, heldout, generator=torch.Generator().manual_seed(5)).eval()
+    generator = torch.Generator().manual_seed(5)
+    gaussian = GaussianDenoiser.fit(data)
+    other = MarginalDenoiser.fit(data, gaussian, generator=generator)
+    error = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
+    gate = Gate.fit(gaussian, data, generator=generator)
+    expected = BypassPrecond(
+        net, gaussian, gate, base="marginal", marginals=other.marginals, error=error
+    ).eval()
+    x = noised(0.7, dtype=torch.float32)
+    assert model(x, 0.7).equal(expected(x, 0.7))
+    assert model.to_arguments() == expected.to_arguments()
+
+
+def test_fit_of_other_bases_and_what_is_given() -> None:
+    data = train_digits(torch.float32)
+    gaussian = GaussianDenoiser.isotropic(data.mean(0), 1.0)
+    model = BypassPrecond.fit(
+        tiny_unet(), data, base="blend", gaussian=gaussian, gate=None, show_gaussian=False
+    )
+    assert model.gaussian is gaussian
+    assert model.gate is model.marginals is model.error is None
+    with pytest.raises(ValueError, match="heldout samples with base='marginal', got None"):
+        BypassPrecond.fit(tiny_unet(in_channels=3), data)
+    with pytest.raises(ValueError, match=r"in_channels=3 .* got in_channels=1"):
+        BypassPrecond.fit(tiny_unet(), data[:50], held_out_digits(torch.float32))
+
+
+def test_an_error_measured_with_another_denoiser_is_refused() -> None:
+    refined, error = measured_marginals(100)
+    plain = MeasuredError.fit(refined.gaussian, held_out_digits(torch.float32), n_queries=50)
+    net, marginals = tiny_unet(in_channels=3), refined.marginals
+    with pytest.raises(ValueError, match=r"other=MarginalDenoiser\(...\), got GaussianDenoiser"):
+        BypassPrecond(net, refined.gaussian, base="marginal", marginals=marginals, error=plain)
+    with pytest.raises(ValueError, match="without other=, as base='blend', got MarginalDenoiser"):
+        BypassPrecond(tiny_unet(in_channels=2), refined.gaussian, error=error)
+
+
 # Other bases --------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def test_run_writes_everything_it_promises(complete: Path) -> None:
     with (complete / "probes.csv").open(newline="") as file:
         probes = list(csv.DictReader(file))
     assert {int(row["step"]) for row in probes} == {0, 1, 3, 8}
-    assert {row["reference"] for row in probes} == {"isotropic", "gaussian", "mixture-3", "delta"}
+    assert {row["reference"] for row in probes} == {"isotropic", "gaussian", "marginal", "mixture-3", "delta"}
     assert {row["weights"] for row in probes} == {"raw", "ema"}
     assert {row["queries"] for row in probes} == {"noised", "noise"}
     assert len(probes) == 4 * 2 * 3 * 2 * 4 * 2

@@ -40,13 +40,20 @@ class Analytic:
 
     isotropic: GaussianDenoiser
     gaussian: GaussianDenoiser
+    marginal: MarginalDenoiser
     mixtures: dict[int, GaussianMixtureDenoiser]  # by number of components
     delta: DeltaDenoiser
 
     def named(self) -> dict[str, Denoiser]:
         """Name -> denoiser."""
         mixtures = {f"mixture-{k}": mixture for k, mixture in self.mixtures.items()}
-        return {"isotropic": self.isotropic, "gaussian": self.gaussian, **mixtures, "delta": self.delta}
+        return {
+            "isotropic": self.isotropic,
+            "gaussian": self.gaussian,
+            "marginal": self.marginal,
+            **mixtures,
+            "delta": self.delta,
+        }
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,8 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
     except ValueError as error:
         raise ConfigError(f"fit: {error}") from error
     isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
-    return Analytic(isotropic, gaussian, mixtures, DeltaDenoiser(images))
+    marginal = MarginalDenoiser(gaussian, Marginals.fit(images, mirror=config.data.xflip).to(device))
+    return Analytic(isotropic, gaussian, marginal, mixtures, DeltaDenoiser(images))
 
 
 def some_indices(config: Config, data: Data) -> Tensor:
@@ -135,10 +143,8 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
         except ValueError as problem:
             raise ConfigError(f"bypass.gaussian: {problem}") from problem
         base = base.to(device)
-    marginals = other = error = None
-    if options.base == "marginal":
-        marginals = Marginals.fit(images).to(device)
-        other = MarginalDenoiser(analytic.gaussian, marginals)
+    other = analytic.marginal if options.base == "marginal" else None
+    error = None
     if other is not None or base is not analytic.gaussian:
         heldout, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
         error = MeasuredError.fit(
@@ -153,6 +159,7 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
         gate = fit_gate(config, base, images, labels, accelerator)
     if config.loss.sigma_max is not None:  # the network never sees what is above
         gate = gate.cut(config.loss.sigma_max) if gate is not None else Gate.step(config.loss.sigma_max)
+    marginals = None if other is None else other.marginals
     return Wrapping(base, None if gate is None else gate.to(device), marginals, error)
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from gaussnet.data.images import Picked, Store, spread
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Mode = Literal["L", "RGB", "RGBA"]
 OnError = Literal["raise", "skip"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from gaussnet.data.files import MAX_BYTES, SUFFIXES, Files, ImageError
 from gaussnet.data.images import Found
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _BZ2_ERROR = "Invalid data stream"  # an OSError without a number
 
@@ -34,7 +34,8 @@ class FolderReader:
     """The bytes of files under a folder."""
 
     def __init__(self, root: Path, files: list[str]) -> None:
-        self.root, self.files = root, files
+        self.root = root
+        self.files = files
 
     def __call__(self, index: int) -> bytes:
         path = self.root / self.files[index]
@@ -49,7 +50,8 @@ class ZipReader:
     """The bytes of members of a zip; each process opens it for itself, since a handle has one position."""
 
     def __init__(self, path: Path, members: list[str]) -> None:
-        self.path, self.members = path, members
+        self.path = path
+        self.members = members
         self._zip: tuple[int, ZipFile] | None = None  # with the process that opened it
 
     def __call__(self, index: int) -> bytes:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Scaling = tuple[float, float] | Literal["none"]
 
@@ -86,13 +86,13 @@ class ImageData(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"{name}: expected images (N, C, H, W), got {(len(images), *sample.shape[1:])}")
         self.name = name
         self.skipped = skipped
-        self.event_shape = sample.shape[1:]
-        self.labels = None if labels is None else class_labels(labels, len(images), name)
+        self.event_shape: torch.Size = sample.shape[1:]
+        self.labels: Tensor | None = None if labels is None else class_labels(labels, len(images), name)
         self._images = images
         self._range = value_range(sample, scaling, name)
         low, high = self._range or (-1, 1)
         self._half, self._shift = (high - low) / 2, (high + low) / (high - low)
-        self.scaling = _formula(sample.dtype, self._half, self._shift)
+        self.scaling: str = _formula(sample.dtype, self._half, self._shift)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -206,7 +206,8 @@ class Picked:
     """Some images of a store, in a given order."""
 
     def __init__(self, images: Store, index: Tensor) -> None:
-        self.images, self.index = images, index
+        self.images = images
+        self.index = index
 
     def __len__(self) -> int:
         return len(self.index)
@@ -219,7 +220,9 @@ class Padded:
     """Images of a store in a frame."""
 
     def __init__(self, images: Store, pixels: int, value: float) -> None:
-        self.images, self.pixels, self.value = images, pixels, value
+        self.images = images
+        self.pixels = pixels
+        self.value = value
 
     def __len__(self) -> int:
         return len(self.images)
@@ -262,7 +265,8 @@ def value_range(sample: Tensor, scaling: Scaling | None, name: str) -> tuple[flo
     if scaling == "none":
         return None
     if scaling is not None:
-        pair = tuple(scaling) if isinstance(scaling, Sequence) else ()
+        # Of a caller without types it may be anything.
+        pair = tuple(scaling) if isinstance(scaling, Sequence) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
         if len(pair) != 2 or not all(map(math.isfinite, pair)) or not pair[0] < pair[1]:
             raise ValueError(f'expected scaling to be (low, high), low < high, or "none", got {scaling!r}')
         return (pair[0], pair[1])

@@ -12,7 +12,7 @@ from gaussnet.data.files import Files, ImageError
 from gaussnet.data.folders import FolderReader
 from gaussnet.data.images import Found, class_labels
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "CelebA")
 
@@ -60,7 +60,9 @@ class HubReader:
     """The encoded images of a column of a Hugging Face data set."""
 
     def __init__(self, data: Any, column: str, name: str) -> None:
-        self.data, self.column, self.name = data, column, name
+        self.data = data
+        self.column = column
+        self.name = name
 
     def __call__(self, index: int) -> bytes:
         image = self.data[index][self.column]

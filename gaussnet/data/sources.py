@@ -14,7 +14,7 @@ from gaussnet.data.folders import METADATA, open_folder, open_zip
 from gaussnet.data.images import Found, ImageData, Scaling
 from gaussnet.data.named import TORCHVISION, open_digits, open_hub, open_torchvision
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _SUFFIXES: dict[str, Callable[[Path], Found]] = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz}
 

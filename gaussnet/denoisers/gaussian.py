@@ -35,7 +35,7 @@ from gaussnet.numerics import (
     wide_dtype,
 )
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class GaussianDenoiser(Denoiser):
@@ -121,7 +121,7 @@ class GaussianDenoiser(Denoiser):
             ValueError: for fewer than two samples, non-finite or constant data, an unknown option, or a rank
                 out of range.
         """
-        options = {
+        options: dict[str, Any] = {
             "rank": rank,
             "shrinkage": shrinkage,
             "solver": solver,

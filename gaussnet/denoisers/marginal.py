@@ -33,12 +33,13 @@ from torch import Tensor, nn
 
 from gaussnet.denoisers.base import Denoiser
 from gaussnet.denoisers.gaussian import GaussianDenoiser
-from gaussnet.fit.streams import Data, batches, process_cat, process_sum, subsample
+from gaussnet.fit.streams import Data, batches, check_mirror, process_cat, process_sum, subsample
 from gaussnet.hub import build, describe, register
 from gaussnet.numerics import Sigma, as_sigma, check_event, compute_dtype, result_dtype, wide_dtype
 
 _POOLED = 2**22  # values from which levels are chosen
 _CACHED = 2**16  # numbers in an array
+_HELD = 2**26
 
 
 @register
@@ -85,6 +86,7 @@ class Marginals(nn.Module):
         prior: float = 10.0,
         generator: torch.Generator | None = None,
         *,
+        mirror: bool = False,
         all_processes: bool = False,
     ) -> Self:
         """Counts, pixel by pixel, in one pass.
@@ -98,12 +100,13 @@ class Marginals(nn.Module):
             prior: so many samples of all pixels' distribution are added to each pixel's own, which keeps
                 values possible that it has not had yet.
             generator: draws the samples that levels are chosen from, where there are very many.
+            mirror: count each sample's mirror image, too.
             all_processes: as for `GaussianDenoiser.fit`.
 
         Raises:
             TypeError: if the data are neither an array nor an iterable of batches, or one that can be gone
                 through only once.
-            ValueError: for non-finite data, fewer than 2 levels, or a negative prior.
+            ValueError: for non-finite data, fewer than 2 levels, a negative prior, or vectors to mirror.
         """
         if n_levels < 2 or not 0 <= prior < math.inf:
             raise ValueError(f"expected n_levels >= 2 and a finite prior >= 0, got {n_levels} and {prior}")
@@ -115,6 +118,8 @@ class Marginals(nn.Module):
         if first is None:
             raise ValueError("expected at least one batch of samples, got none")
         event_shape = first.shape[1:]
+        if mirror:
+            check_mirror(event_shape)
         dim = event_shape.numel()
         drawn, _ = subsample(data, max(2, _POOLED // dim), None, generator)
         pooled = drawn.double().flatten().cpu()
@@ -140,13 +145,16 @@ class Marginals(nn.Module):
             counts, sums = process_sum(counts), process_sum(sums)
         if not bool(torch.isfinite(sums).all()):
             raise ValueError("expected finite data, got non-finite values")
+        counts = counts.reshape(*event_shape, -1)
+        if mirror:
+            counts = (counts + counts.flip(-2)) / 2
         kept = sums[0] > 0
         number, total, squares = sums[:, kept]
         levels = total / number
         widths = squares / number - levels**2
         widths[widths < 1e-12 * (squares / number).amax()] = 0  # rounding of a single value
-        shares = counts.reshape(dim, -1)[:, kept] + prior * number / number.sum()
-        log_weights = torch.log(shares / shares.sum(1, keepdim=True)).reshape(*event_shape, -1)
+        shares = counts[..., kept] + prior * number / number.sum()
+        log_weights = torch.log(shares / shares.sum(-1, keepdim=True))
         return cls(levels.float(), widths.float(), log_weights.float())
 
     @property
@@ -180,8 +188,10 @@ class Marginals(nn.Module):
         eta = (explained / (left * assumed)).expand_as(d)  # (2), without a difference
         h = (d - gaussian.mean.to(dtype).flatten()) / assumed  # (2)
         size = len(d)
-        if d.device.type == "cpu" and not torch.compiler.is_compiling():
-            size = max(1, _CACHED // (dim * len(self.levels)))  # in parts that stay in cache: 5 times faster
+        if not torch.compiler.is_compiling():  # compiled, nothing of size K is written
+            # On CPU, in parts that stay in cache: 5 times faster. Elsewhere, in parts that memory holds.
+            most = _CACHED if d.device.type == "cpu" else _HELD
+            size = max(1, most // (dim * len(self.levels)))
         pieces = zip(d.split(size), eta.split(size), h.split(size), strict=True)
         shift = torch.cat([self._shift(*piece) for piece in pieces])
         return (d + shift).reshape(denoised.shape).to(result_dtype(denoised))
@@ -244,14 +254,15 @@ class MarginalDenoiser(Denoiser):
 
         Args:
             data: (N, *event_shape), or an iterable of batches that can be gone through several times.
-            gaussian: default: `GaussianDenoiser.fit(data)`.
+            gaussian: default: `GaussianDenoiser.fit(data)`, of mirror images, too, if marginals are.
             **arguments: of `Marginals.fit`.
 
         Raises:
             TypeError: as of the two fits.
             ValueError: as of the two fits, or if event shapes differ.
         """
-        gaussian = GaussianDenoiser.fit(data) if gaussian is None else gaussian
+        if gaussian is None:
+            gaussian = GaussianDenoiser.fit(data, mirror=arguments.get("mirror", False))
         marginals = Marginals.fit(data, **arguments)
         return cls(gaussian, marginals.to(gaussian.mean))
 

@@ -148,7 +148,7 @@ class GaussianMixtureDenoiser(Denoiser):
             ValueError: if not exactly one of `n_components` and classes is given, they do not fit the
                 data, a class has fewer than two samples, or a rank by share comes with select or em_steps.
         """
-        options = {
+        options: dict[str, Any] = {
             "n_components": n_components,
             "rank": rank,
             "seed": seed,

@@ -46,8 +46,8 @@ class PosteriorCovariance:
     ) -> None:
         batch_shape = check_event(x, denoiser.event_shape, type(denoiser).__name__)
         self.denoiser = denoiser
-        self.x = x.to(result_dtype(x))
-        self.sigma = as_sigma(sigma, x, batch_shape, self.x.dtype)
+        self.x: Tensor = x.to(result_dtype(x))
+        self.sigma: Tensor = as_sigma(sigma, x, batch_shape, self.x.dtype)
         self.class_labels = class_labels
 
     def apply(self, v: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from gaussnet.probes.modes import FULL, Rank, equal_error, minimal_ranks, modes_
 SOURCE = "Fig. 9, 10, 22, 23, Sec. 4.4, A.5"
 NEEDS_DATA = True
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ when they are first asked for:
     isotropic       N(mu, sigma_data^2 I): the paper's (mu - x)/sigma^2 has no variance at all
     point           N(mu, 0), the paper's isotropic score (Eq. 29 of arXiv 2412.09726)
     gaussian        mean and covariance (Eq. 12)
+    marginal        the same, corrected by each pixel's own distribution (not in the paper)
     classes         one Gaussian a class, as a mixture
     mixture-K       K clusters by k-means (Eq. 41), mixture-KrR of rank R at most
     delta           the images themselves (Eq. 9)
@@ -30,11 +31,17 @@ import torch
 from torch import Tensor
 
 from gaussnet.data import ImageData
-from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers import (
+    DeltaDenoiser,
+    Denoiser,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    MarginalDenoiser,
+)
 from gaussnet.edm_import import import_edm
 from gaussnet.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained
 
-ANALYTIC = ("isotropic", "point", "gaussian", "classes", "mixture-K", "mixture-KrR", "delta")
+ANALYTIC = ("isotropic", "point", "gaussian", "marginal", "classes", "mixture-K", "mixture-KrR", "delta")
 _MODEL_FILES = (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -199,6 +206,8 @@ class Setting:
             return DeltaDenoiser(images, labels)
         if name == "gaussian":
             return GaussianDenoiser.fit(images, shrinkage=self.shrinkage)
+        if name == "marginal":
+            return MarginalDenoiser.fit(images, self.gaussian, generator=self.generator("marginal"))
         if name == "isotropic":
             return GaussianDenoiser.isotropic(self.gaussian.mean, self.gaussian.variance)
         if name == "point":

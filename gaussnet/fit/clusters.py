@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def kmeans_labels(data: Tensor, n_components: int, seed: int = 0, min_count: int = 2) -> Tensor:

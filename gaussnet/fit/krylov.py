@@ -40,7 +40,7 @@ _BLOCK = 64  # columns of a product, at most
 _IN_MEMORY = 2**31  # bytes of centred samples that are kept, rather than read again for each product
 _CHUNK = 2**26  # elements read at a time, where they are not
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class Rows:
@@ -72,8 +72,8 @@ class Rows:
         self._index = None if index is None else index.cpu()
         self._mirror = mirror
         first = as_tensor(data[:1])
-        self.dtype = torch.promote_types(first.dtype, torch.float32)
-        self.in_memory = False
+        self.dtype: torch.dtype = torch.promote_types(first.dtype, torch.float32)
+        self.in_memory: bool = False
         self._cache: list[Tensor] = []
         if not len(self):
             raise ValueError("expected at least one sample, got none")
@@ -90,7 +90,8 @@ class Rows:
         distance2 = torch.cat(norms) ** 2
         if not bool(torch.isfinite(distance2).all()):
             raise ValueError(f"expected finite data, got NaN or infinite values in sample {self._bad()}")
-        self.total, self.spread = distance2.sum(), distance2.square().mean()
+        self.total: Tensor = distance2.sum()
+        self.spread: Tensor = distance2.square().mean()
 
     def __len__(self) -> int:
         return (len(self._data) if self._index is None else len(self._index)) * (1 + self._mirror)

@@ -33,7 +33,7 @@ FLOOR = 1e-6  # of the mean variance per dimension: the least variance in expect
 _ABSENT = 1e-12  # responsibility below which a sample does not count for a component
 _ROWS = 4096
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

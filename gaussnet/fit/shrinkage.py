@@ -39,7 +39,7 @@ LINEAR = ("ledoit-wolf", "oas")
 FOLDS = 3
 PLENTY = 100  # samples per dimension beyond which cross-validation moves eigenvalues by under 1%
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def shrink(solved: Solved, shrinkage: str, grouped: bool = False) -> tuple[Axes, Tensor]:

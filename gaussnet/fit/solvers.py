@@ -34,7 +34,7 @@ _FEW = 8  # and the smallest ratio of it to their number
 _TOLERANCE = 0.03  # residual of iterated axes: the last few may still turn, at no cost in variance
 _HUGE = 12_288  # and from which a square matrix costs gigabytes and many minutes
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

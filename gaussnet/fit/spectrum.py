@@ -29,7 +29,7 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
     "select": (None, "heldout"),
 }
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

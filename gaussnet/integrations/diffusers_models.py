@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,14 @@ from gaussnet.schedules import DiscreteSchedule
 try:  # by name: a type checker would take the module beside this one for it
     diffusers: Any = import_module("diffusers")
     UNet2DOutput: Any = import_module("diffusers.models.unets.unet_2d").UNet2DOutput
-except ImportError as error:
-    raise ImportError("gaussnet.integrations.diffusers needs: pip install 'gaussnet[diffusers]'") from error
+except ImportError as _error:
+    raise ImportError("gaussnet.integrations.diffusers needs: pip install 'gaussnet[diffusers]'") from _error
+
+if TYPE_CHECKING:  # submodules, which the module beside this one has none of
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.models.modeling_utils import ModelMixin
+else:
+    ConfigMixin, ModelMixin = diffusers.ConfigMixin, diffusers.ModelMixin
 
 Process = Any  # a scheduler, its alphas_cumprod, or the sigma_data of EDM: diffusers has no common type
 
@@ -60,7 +66,7 @@ class Parametrisation:
         self, scheduler: Process, prediction_type: str | None = None, log_label: bool | None = None
     ) -> None:
         config = getattr(scheduler, "config", {})
-        self.prediction_type = prediction_type or config.get("prediction_type", "epsilon")
+        self.prediction_type: str = prediction_type or config.get("prediction_type", "epsilon")
         continuous = config.get("timestep_type") == "continuous"
         if log_label is None:
             log_label = continuous and config.get("prediction_type") == "v_prediction"
@@ -78,7 +84,7 @@ class Parametrisation:
                     f"alphas_cumprod, or sigma_data itself, got {type(scheduler).__name__}"
                 )
             self.schedule = DiscreteSchedule(torch.as_tensor(table))
-        self.log_label = log_label or self.schedule is None
+        self.log_label: bool = log_label or self.schedule is None
         kind, known = "EDM", ("epsilon", "v_prediction")
         if self.schedule is not None:
             kind, known = "VP", (*known, "sample")
@@ -136,6 +142,8 @@ class DiffusersDenoiser(NetworkDenoiser):
     """
 
     encoder_hidden_states: Tensor | None
+    sigma_min: float
+    sigma_max: float
 
     def __init__(
         self,
@@ -148,12 +156,12 @@ class DiffusersDenoiser(NetworkDenoiser):
         event_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.parametrisation = Parametrisation(scheduler, prediction_type)
+        self.parametrisation: Parametrisation = Parametrisation(scheduler, prediction_type)
         if event_shape is None:
             event_shape = _unet_shape(unet)
         self._event_shape = torch.Size(event_shape)
         self.model = unet
-        self.round_timesteps = round_timesteps and not self.parametrisation.log_label
+        self.round_timesteps: bool = round_timesteps and not self.parametrisation.log_label
         if encoder_hidden_states is not None and encoder_hidden_states.ndim == 2:
             encoder_hidden_states = encoder_hidden_states[None]
         self.register_buffer("encoder_hidden_states", encoder_hidden_states, persistent=False)
@@ -197,7 +205,7 @@ class DiffusersDenoiser(NetworkDenoiser):
         return c_skip * x + c_out * output[:, : x.shape[1]]
 
 
-class GaussnetUNet(diffusers.ModelMixin, diffusers.ConfigMixin):
+class GaussnetUNet(ModelMixin, ConfigMixin):
     """A denoiser as a model of diffusers, for its schedulers and pipelines.
 
     Saved and loaded by diffusers' `save_pretrained` and `from_pretrained` (with low_cpu_mem_usage=False),
@@ -225,7 +233,7 @@ class GaussnetUNet(diffusers.ModelMixin, diffusers.ConfigMixin):
     ) -> None:
         super().__init__()
         self.model: Denoiser = build(denoiser) if isinstance(denoiser, Mapping) else denoiser
-        self.parametrisation = Parametrisation(scheduler, prediction_type, log_label)
+        self.parametrisation: Parametrisation = Parametrisation(scheduler, prediction_type, log_label)
         shape = self.model.event_shape
         self.register_to_config(
             denoiser=describe(self.model) if hasattr(self.model, "to_arguments") else None,

@@ -77,8 +77,8 @@ class SmallClassifier(Pretrained):
                 nn.BatchNorm2d(width),
                 nn.ReLU(),
             ]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.body: nn.Sequential = nn.Sequential(*layers)
+        self.head: nn.Linear = nn.Linear(widths[-1], num_classes)
 
     @property
     def num_features(self) -> int:

@@ -231,7 +231,7 @@ class TimmFeatures(nn.Module):
             raise ValueError(f"timm:{name}: timm has no such model; timm.list_models() tells which it has")
         missing: list[str] = []
         try:
-            self.network = timm.create_model(name, pretrained=weights is None, num_classes=0)
+            self.network: nn.Module = timm.create_model(name, pretrained=weights is None, num_classes=0)
             if weights is not None:  # the head's, which have no place, are allowed; to lack any is not
                 state = load_state_dict(str(weights), weights_only=True)
                 missing = self.network.load_state_dict(state, strict=False).missing_keys

@@ -139,13 +139,9 @@ class FeatureStatistics:
         Raises:
             ValueError: if the features differ in length, or there are statistics of one sample only.
         """
-        self._check_count()
-        other._check_count()
+        _check_count(self)
+        _check_count(other)
         return frechet_distance(self.mean, self.cov, other.mean, other.cov)
-
-    def _check_count(self) -> None:
-        if self.count is not None and self.count < 2:
-            raise ValueError(f"expected statistics of at least two samples, got {self.count}")
 
     @classmethod
     def _of(cls, moments: Moments) -> Self:
@@ -164,8 +160,11 @@ class FeatureStatistics:
 class FrechetTarget:
     """The distance to fixed statistics, whose covariance is factored once."""
 
+    mean: Tensor
+    root: Tensor
+
     def __init__(self, statistics: FeatureStatistics) -> None:
-        statistics._check_count()
+        _check_count(statistics)
         self.mean, cov = _checked(statistics.mean, statistics.cov)
         self.root = _root(cov)
 
@@ -173,6 +172,11 @@ class FrechetTarget:
         """The Frechet distance of features (N, F), N >= 2."""
         found = FeatureStatistics.fit(features)
         return _distance(found.mean, _root(found.cov), self.mean, self.root)
+
+
+def _check_count(statistics: FeatureStatistics) -> None:
+    if statistics.count is not None and statistics.count < 2:
+        raise ValueError(f"expected statistics of at least two samples, got {statistics.count}")
 
 
 def _distance(mean1: Tensor, root1: Tensor, mean2: Tensor, root2: Tensor) -> float:

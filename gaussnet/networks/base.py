@@ -69,14 +69,14 @@ class EmbeddingNetwork(Network):
 
     def __init__(self, config: dict[str, Any], noise_channels: int, emb_channels: int) -> None:
         super().__init__(config)
-        self.map_noise = PositionalEmbedding(noise_channels)
+        self.map_noise: PositionalEmbedding = PositionalEmbedding(noise_channels)
         if self.augment_dim:
-            self.map_augment = nn.Linear(self.augment_dim, noise_channels, bias=False)
+            self.map_augment: nn.Linear = nn.Linear(self.augment_dim, noise_channels, bias=False)
             zero_(self.map_augment)
-        self.map_layer0 = nn.Linear(noise_channels, emb_channels)
-        self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+        self.map_layer0: nn.Linear = nn.Linear(noise_channels, emb_channels)
+        self.map_layer1: nn.Linear = nn.Linear(emb_channels, emb_channels)
         if self.label_dim:
-            self.map_label = nn.Linear(self.label_dim, emb_channels, bias=False)
+            self.map_label: nn.Linear = nn.Linear(self.label_dim, emb_channels, bias=False)
             nn.init.normal_(self.map_label.weight)  # a class then weighs as much whatever label_dim is
 
     def embed(

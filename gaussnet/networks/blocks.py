@@ -81,7 +81,7 @@ class FourierEmbedding(_NoiseEmbedding):
         scale: Standard deviation of the frequencies, in cycles.
     """
 
-    omega = 2 * math.pi
+    omega: float = 2 * math.pi
 
     def __init__(self, num_channels: int, scale: float = 16.0) -> None:
         half = _half(num_channels, 2)
@@ -247,27 +247,27 @@ class UNetBlock(nn.Module):
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
 
-        self.norm0 = group_norm(in_channels, eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, resample, resample_filter)
-        self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
-        self.norm1 = group_norm(out_channels, eps)
-        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.norm0: nn.GroupNorm = group_norm(in_channels, eps)
+        self.conv0: Conv2d = Conv2d(in_channels, out_channels, 3, resample, resample_filter)
+        self.affine: nn.Linear = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1: nn.GroupNorm = group_norm(out_channels, eps)
+        self.conv1: Conv2d = Conv2d(out_channels, out_channels, 3)
 
         if in_channels != out_channels or (resample is not None and resample_proj):
-            self.skip = Conv2d(in_channels, out_channels, 1, resample, resample_filter)
+            self.skip: nn.Module = Conv2d(in_channels, out_channels, 1, resample, resample_filter)
         else:
             self.skip = nn.Identity() if resample is None else Resample(resample, resample_filter)
 
-        self.num_heads = out_channels // (channels_per_head or out_channels) if attention else 0
+        self.num_heads: int = out_channels // (channels_per_head or out_channels) if attention else 0
         if self.num_heads:
             if out_channels % self.num_heads:
                 raise ValueError(
                     f"channels_per_head: got {channels_per_head}, which makes {self.num_heads} heads; "
                     f"expected {out_channels} channels to be a multiple of their number"
                 )
-            self.norm2 = group_norm(out_channels, eps)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, 1)
-            self.proj = Conv2d(out_channels, out_channels, 1)
+            self.norm2: nn.GroupNorm = group_norm(out_channels, eps)
+            self.qkv: Conv2d = Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj: Conv2d = Conv2d(out_channels, out_channels, 1)
         self.zero_residual()
 
     def zero_residual(self) -> None:

@@ -100,7 +100,7 @@ class DhariwalUNet(EmbeddingNetwork):
         resolutions = [img_resolution >> level for level in range(levels)]
 
         # Encoder. Every tensor that it makes is a skip of the decoder.
-        self.enc = nn.ModuleDict()
+        self.enc: nn.ModuleDict = nn.ModuleDict()
         c = model_channels * channel_mult[0]
         self.enc[f"{img_resolution}x{img_resolution}_conv"] = Conv2d(in_channels, c, 3)
         skips = [c]
@@ -115,7 +115,7 @@ class DhariwalUNet(EmbeddingNetwork):
                 skips.append(c)
 
         # Decoder.
-        self.dec = nn.ModuleDict()
+        self.dec: nn.ModuleDict = nn.ModuleDict()
         for res, mult in zip(reversed(resolutions), reversed(channel_mult), strict=True):
             at = f"{res}x{res}"
             if res == resolutions[-1]:
@@ -126,8 +126,8 @@ class DhariwalUNet(EmbeddingNetwork):
             for i in range(num_blocks + 1):
                 c_in, c = c + skips.pop(), model_channels * mult
                 self.dec[f"{at}_block{i}"] = block(c_in, c, attention=res in attn_resolutions)
-        self.out_norm = group_norm(c)
-        self.out_conv = Conv2d(c, out_channels, 3)
+        self.out_norm: nn.GroupNorm = group_norm(c)
+        self.out_conv: Conv2d = Conv2d(c, out_channels, 3)
         zero_(self.out_conv)
 
     def forward(

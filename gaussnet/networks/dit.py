@@ -48,11 +48,11 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.modulation = nn.Linear(emb_channels, 6 * channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-        self.fc1 = nn.Linear(channels, mlp_ratio * channels)
-        self.fc2 = nn.Linear(mlp_ratio * channels, channels)
+        self.modulation: nn.Linear = nn.Linear(emb_channels, 6 * channels)
+        self.qkv: nn.Linear = nn.Linear(channels, 3 * channels)
+        self.proj: nn.Linear = nn.Linear(channels, channels)
+        self.fc1: nn.Linear = nn.Linear(channels, mlp_ratio * channels)
+        self.fc2: nn.Linear = nn.Linear(mlp_ratio * channels, channels)
         for layer in (self.qkv, self.proj, self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -130,15 +130,15 @@ class DiT(EmbeddingNetwork):
         super().__init__(config, noise_channels=model_channels, emb_channels=model_channels)
         self.patch_size = patch_size
 
-        self.map_position = PositionalEmbedding(model_channels // 2)
-        self.patch_in = nn.Linear(in_channels * patch_size**2, model_channels)
+        self.map_position: PositionalEmbedding = PositionalEmbedding(model_channels // 2)
+        self.patch_in: nn.Linear = nn.Linear(in_channels * patch_size**2, model_channels)
         nn.init.xavier_uniform_(self.patch_in.weight)
         nn.init.zeros_(self.patch_in.bias)
-        self.blocks = nn.ModuleList(
+        self.blocks: nn.ModuleList = nn.ModuleList(
             DiTBlock(model_channels, num_heads, mlp_ratio, model_channels, dropout) for _ in range(num_blocks)
         )
-        self.out_modulation = nn.Linear(model_channels, 2 * model_channels)
-        self.patch_out = nn.Linear(model_channels, out_channels * patch_size**2)
+        self.out_modulation: nn.Linear = nn.Linear(model_channels, 2 * model_channels)
+        self.patch_out: nn.Linear = nn.Linear(model_channels, out_channels * patch_size**2)
         zero_(self.out_modulation)
         zero_(self.patch_out)
 

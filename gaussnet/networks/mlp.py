@@ -37,10 +37,10 @@ class MLPBlock(nn.Module):
     def __init__(self, channels: int, emb_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm = nn.LayerNorm(channels)
-        self.fc0 = nn.Linear(channels, channels)
-        self.affine = nn.Linear(emb_channels, 2 * channels)
-        self.fc1 = nn.Linear(channels, channels)
+        self.norm: nn.LayerNorm = nn.LayerNorm(channels)
+        self.fc0: nn.Linear = nn.Linear(channels, channels)
+        self.affine: nn.Linear = nn.Linear(emb_channels, 2 * channels)
+        self.fc1: nn.Linear = nn.Linear(channels, channels)
         zero_(self.fc1)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
@@ -96,15 +96,15 @@ class MLP(EmbeddingNetwork):
         expect(config, "img_resolution", min(size, default=1) >= 1, "at least 1 on every axis")
         expect(config, "model_channels", model_channels % 2 == 0, "an even number")
         super().__init__(config, noise_channels=model_channels, emb_channels=model_channels)
-        self.in_shape = (in_channels, *size)
-        self.out_shape = (out_channels, *size)
+        self.in_shape: tuple[int, ...] = (in_channels, *size)
+        self.out_shape: tuple[int, ...] = (out_channels, *size)
 
-        self.fc_in = nn.Linear(math.prod(self.in_shape), model_channels)
-        self.blocks = nn.ModuleList(
+        self.fc_in: nn.Linear = nn.Linear(math.prod(self.in_shape), model_channels)
+        self.blocks: nn.ModuleList = nn.ModuleList(
             MLPBlock(model_channels, model_channels, dropout) for _ in range(num_blocks)
         )
-        self.out_norm = nn.LayerNorm(model_channels)
-        self.fc_out = nn.Linear(model_channels, math.prod(self.out_shape))
+        self.out_norm: nn.LayerNorm = nn.LayerNorm(model_channels)
+        self.fc_out: nn.Linear = nn.Linear(model_channels, math.prod(self.out_shape))
         zero_(self.fc_out)
 
     def forward(

@@ -82,6 +82,8 @@ class SongUNet(Network):
             architecture.
     """
 
+    map_noise: PositionalEmbedding | FourierEmbedding
+
     def __init__(
         self,
         img_resolution: int,
@@ -125,7 +127,7 @@ class SongUNet(Network):
         super().__init__(config)
         self.num_blocks = num_blocks
         self.encoder_type = encoder_type
-        self.resolutions = [img_resolution >> level for level in range(len(channel_mult))]
+        self.resolutions: list[int] = [img_resolution >> level for level in range(len(channel_mult))]
 
         # Embedding.
         noise_channels = model_channels * channel_mult_noise
@@ -135,11 +137,11 @@ class SongUNet(Network):
         else:
             self.map_noise = FourierEmbedding(noise_channels)
         if label_dim:
-            self.map_label = nn.Linear(label_dim, noise_channels)
+            self.map_label: nn.Linear = nn.Linear(label_dim, noise_channels)
         if augment_dim:
-            self.map_augment = nn.Linear(augment_dim, noise_channels, bias=False)
-        self.map_layer0 = nn.Linear(noise_channels, emb_channels)
-        self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+            self.map_augment: nn.Linear = nn.Linear(augment_dim, noise_channels, bias=False)
+        self.map_layer0: nn.Linear = nn.Linear(noise_channels, emb_channels)
+        self.map_layer1: nn.Linear = nn.Linear(emb_channels, emb_channels)
 
         block = partial(
             UNetBlock,
@@ -154,7 +156,7 @@ class SongUNet(Network):
         )
 
         # Encoder. Every tensor that a level makes is a skip of the decoder.
-        self.enc = nn.ModuleDict()
+        self.enc: nn.ModuleDict = nn.ModuleDict()
         skips: list[int] = []
         c, c_aux = model_channels, in_channels
         for res, mult in zip(self.resolutions, channel_mult, strict=True):
@@ -176,7 +178,7 @@ class SongUNet(Network):
                 skips.append(c)
 
         # Decoder.
-        self.dec = nn.ModuleDict()
+        self.dec: nn.ModuleDict = nn.ModuleDict()
         for res, mult in zip(reversed(self.resolutions), reversed(channel_mult), strict=True):
             at = f"{res}x{res}"
             coarsest = res == self.resolutions[-1]

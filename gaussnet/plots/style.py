@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 DPI = 130
-_FIXED = {"isotropic": "0.6", "gaussian": "tab:orange", "delta": "black"}
+_FIXED = {"isotropic": "0.6", "gaussian": "tab:orange", "marginal": "tab:red", "delta": "black"}
 
 
 def pyplot() -> Any:
@@ -42,6 +42,7 @@ def colours(references: Iterable[str]) -> dict[str, Any]:
         key=lambda name: (int((re.findall(r"\d+", name) or [0])[-1]), name),
     )
     shades = pyplot().get_cmap("Blues")(np.linspace(1.0, 0.35, len(graded)))[::-1]
-    ordered = [*list(_FIXED)[:2], *graded, "delta"]
+    *coarse, finest = _FIXED
+    ordered = [*coarse, *graded, finest]
     colour = _FIXED | dict(zip(graded, shades, strict=True))
     return {name: colour[name] for name in ordered if name in names}

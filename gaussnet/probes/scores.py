@@ -114,9 +114,9 @@ class ScoreProbe:
             raise ValueError(f"expected {len(data)} class_labels, one a query, got {len(class_labels)}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-        self.sigmas = tuple(sigmas)
-        self.kinds = tuple(kinds)
-        self.references = tuple(references)
+        self.sigmas: tuple[float, ...] = tuple(sigmas)
+        self.kinds: tuple[str, ...] = tuple(kinds)
+        self.references: tuple[str, ...] = tuple(references)
         device = generator.device if generator is not None else data.device
         # The whole draw, whatever the share: the queries do not depend on the number of processes.
         noise = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=device)
@@ -132,7 +132,7 @@ class ScoreProbe:
         if class_labels is not None:
             labels = class_labels[mine].to(store)
             self._labels = (torch.cat([labels] * len(self.kinds)),)
-        self.batch_size = batch_size or size * len(self.kinds)
+        self.batch_size: int = batch_size or size * len(self.kinds)
         with torch.no_grad():
             self._answers = {
                 sigma: [self._denoise(reference, sigma).to(store) for reference in references.values()]

@@ -169,8 +169,9 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
     Raises:
         ValueError: if they are not a decreasing sequence of at least two that ends in 0.
     """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
-    if not isinstance(levels, list) or len(levels) < 2 or levels[-1] != 0:
+    table = torch.as_tensor(sigmas, dtype=torch.float64)
+    levels: list[float] = table.tolist()
+    if table.ndim != 1 or len(levels) < 2 or levels[-1] != 0:
         raise ValueError(f"expected sigmas to be at least two levels that end in 0, got {levels}")
     if any(not b < a < float("inf") for a, b in pairwise(levels)):
         raise ValueError(f"expected finite, strictly decreasing sigmas, got {levels}")

@@ -17,7 +17,7 @@ that no longer changes, and it needs no output at 0, where a network has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -82,7 +82,7 @@ def report(
 
 
 @contextmanager
-def count_nfe(denoiser: nn.Module) -> Iterator[Callable[[], int]]:
+def count_nfe(denoiser: nn.Module) -> Generator[Callable[[], int]]:
     """Counts the evaluations of a denoiser; of one that holds a network, those of the network.
 
     A model whose gate is closed therefore counts for nothing.

@@ -21,8 +21,8 @@ import numpy as np
 Weights = Callable[[float, float, Sequence[float]], Sequence[float]]
 """From a level, to a level, the levels of the outputs that are known: a weight for each of them."""
 
-POINTS, SHARES = (array / 2 for array in np.polynomial.legendre.leggauss(32))
-POINTS = POINTS + 0.5  # the rule on [0, 1]
+_NODES, _SHARES = np.polynomial.legendre.leggauss(32)  # the rule on [-1, 1]
+POINTS, SHARES = _NODES / 2 + 0.5, _SHARES / 2  # and on [0, 1]
 _EVEN = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
