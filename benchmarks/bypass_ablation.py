@@ -34,6 +34,7 @@ RATES = (2e-3, 4e-3, 8e-3)
 RATE_SEED = 100
 SHORT = 5  # runs that choose a learning rate have this part of the steps
 
+BLEND = "bypass.base=blend"
 NO_GATE, HIDDEN, CHANNEL = "bypass.gate=false", "bypass.show_gaussian=false", "bypass.centre=channel"
 ARMS: dict[str, tuple[str, ...]] = {
     "edm": ("precond=edm",),
@@ -43,19 +44,19 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-gate": ("bypass.base=gaussian", HIDDEN),
     "bypass-shown": ("bypass.base=gaussian", NO_GATE),
     "bypass-gate-shown": ("bypass.base=gaussian",),
-    "bypass-all": (),  # gate, shown and blend: the defaults
-    "bypass-sample": ("fit.shrinkage=none",),
-    "bypass-whitened": ("bypass.whiten=true",),
-    "marginal": ("bypass.base=marginal",),
+    "bypass-all": (BLEND,),  # with gate and shown
+    "bypass-sample": (BLEND, "fit.shrinkage=none"),
+    "bypass-whitened": (BLEND, "bypass.whiten=true"),
+    "marginal": ("bypass.base=marginal",),  # with gate and shown: the defaults
     "marginal-hidden": ("bypass.base=marginal", HIDDEN),
     "edm-moments-channel": ("bypass.base=isotropic", HIDDEN, NO_GATE, CHANNEL),
-    "bypass-all-channel": (CHANNEL,),
+    "bypass-all-channel": (BLEND, CHANNEL),
     "marginal-channel": ("bypass.base=marginal", CHANNEL),
     "edm-warm": ("precond=edm", "loss.gaussian_steps=150"),
     "edm-classes": ("precond=edm", "data.labels=true"),
-    "bypass-classes": ("data.labels=true", "bypass.gaussian=classes"),
-    "bypass-mixture": ("bypass.gaussian=mixture", "bypass.components=10"),
-    "bypass-truncated": ("loss.sigma_max=10",),
+    "bypass-classes": (BLEND, "data.labels=true", "bypass.gaussian=classes"),
+    "bypass-mixture": (BLEND, "bypass.gaussian=mixture", "bypass.components=10"),
+    "bypass-truncated": (BLEND, "loss.sigma_max=10"),
 }
 HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from bench import replace_block, write
-from bypass_ablation import ARMS, HERE, RATE_SEED, TABLES, TASKS, read
+from bypass_ablation import ARMS, HERE, RATE_SEED, RATES, TABLES, TASKS, read
 from scipy import stats
 
 from gaussnet.plots.style import pyplot, save
@@ -34,13 +34,31 @@ SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal") 
 Curve = dict[int, dict[float, float]]  # step -> sigma -> error
 
 
+def rates() -> dict[tuple[str, str], float]:
+    """(task, arm) -> the learning rate that its short runs chose."""
+    logs: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(TABLES / "errors.csv"):
+        if int(row["seed"]) == RATE_SEED and float(row["lr"]) in RATES:
+            logs[row["task"], row["arm"]][float(row["lr"])].append(math.log(float(row["error"])))
+    return {key: min(by_rate, key=lambda lr: np.mean(by_rate[lr])) for key, by_rate in logs.items()}
+
+
+def compared(table: str) -> Iterator[dict[str, str]]:
+    """The rows of the runs that are compared: full ones, at the rate that was chosen for their arm."""
+    chosen = rates()
+    for row in read(TABLES / f"{table}.csv"):
+        task = row["task"] if TASKS[row["task"]].rates else "core"
+        lr = float(row["lr"])
+        if int(row["seed"]) != RATE_SEED and chosen.get((task, row["arm"]), lr) == lr:
+            yield row
+
+
 def curves() -> dict[tuple[str, str, int], Curve]:
     """(task, arm, seed) -> errors."""
     found: dict[tuple[str, str, int], Curve] = defaultdict(lambda: defaultdict(dict))
-    for row in read(TABLES / "errors.csv"):
-        if int(row["seed"]) != RATE_SEED:
-            curve = found[row["task"], row["arm"], int(row["seed"])]
-            curve[int(row["step"])][float(row["sigma"])] = float(row["error"])
+    for row in compared("errors"):
+        curve = found[row["task"], row["arm"], int(row["seed"])]
+        curve[int(row["step"])][float(row["sigma"])] = float(row["error"])
     return found
 
 
@@ -133,8 +151,8 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
 def measures_text(task: str) -> str:
     """Means over seeds of what was measured on finished runs."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read(TABLES / "measures.csv"):
-        if row["task"] == task and int(row["seed"]) != RATE_SEED:
+    for row in compared("measures"):
+        if row["task"] == task:
             values[row["arm"]][row["name"]].append(float(row["value"]))
     names = list(dict.fromkeys(name for measured in values.values() for name in measured))
     rows = [
@@ -176,7 +194,7 @@ def draw_curves(found: Mapping[tuple[str, str, int], Curve]) -> None:
 def draw_modes(task: str) -> None:
     """When each band of axes is learned: the first step within a tenth of its last error."""
     found: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read(TABLES / "modes.csv"):
+    for row in compared("modes"):
         if row["task"] == task and row["arm"] in SHOWN:
             found[row["arm"], float(row["sigma"])][float(row["variance"])].append(float(row["learned"]))
     if not found:

@@ -1,9 +1,9 @@
 """Analytic denoisers as modules, a diffusion network that learns only what they leave, and teleport.
 
-    gaussian = GaussianDenoiser.fit(images)                  # closed form, all state in buffers
-    model = BypassPrecond(SongUNet(...), gaussian)           # train it: it learns the nonlinear residual
+    gaussian = GaussianDenoiser.fit(train)                    # closed form, all state in buffers
+    model = BypassPrecond.fit(SongUNet(...), train, heldout)  # train it: it learns the nonlinear residual
     x, sigmas = teleport(gaussian, x, karras_sigmas(18), skip=5)
-    images = heun(model, x, sigmas)                          # 13 steps in place of 18
+    images = heun(model, x, sigmas)                           # 13 steps in place of 18
 
 Reference: Wang and Vastola, arXiv 2412.09726.
 """

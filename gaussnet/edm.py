@@ -34,6 +34,13 @@ class EDMPrecond(BypassPrecond):
 
     Raises:
         ValueError: if sigma_data is not positive, or the network's channels do not fit.
+
+    Example:
+        >>> from gaussnet import MLP
+        >>> model = EDMPrecond(MLP(4, in_channels=1, out_channels=1, model_channels=8), sigma_data=0.5)
+        >>> x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(model(x, sigma=0.5), x / 2)  # c_skip x: the untrained network is 0
+        True
     """
 
     def __init__(

@@ -56,6 +56,9 @@ def import_edm(path: str | Path) -> Denoiser:
     EDM's `use_fp16`, a precision at run time on GPUs, is not taken over: weights are float32 in the file,
     and autocast does the same.
 
+    Args:
+        path: of the snapshot, a file of EDM's training or one that NVIDIA published.
+
     Returns:
         An `EDMPrecond`, `VPPrecond`, `VEPrecond` or `iDDPMPrecond` around a `SongUNet` or `DhariwalUNet`, in
         eval mode, float32, on the CPU.

@@ -47,10 +47,25 @@ class EDMSnapshot(NamedTuple):
 def read_edm_pickle(path: str | Path) -> EDMSnapshot:
     """Reads a `network-snapshot-*.pkl` of NVlabs/edm. Nothing in the file is executed.
 
+    Args:
+        path: of the snapshot.
+
+    Returns:
+        Class name, arguments and tensors of its network `ema`; the tensors on the CPU, as in the file.
+
     Raises:
         FileNotFoundError: if there is no such file.
         EDMPickleError: (a ValueError) if the file is no such snapshot (those of EDM2 and StyleGAN are
             not), is damaged, or names a class, function or opcode that such a snapshot does not need.
+
+    Example:
+        >>> import pickle, tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix=".pkl") as file:  # doctest: +IGNORE_EXCEPTION_DETAIL
+        ...     file.write(pickle.dumps({"ema": eval}))  # a pickle may name any function
+        ...     file.flush()
+        ...     read_edm_pickle(file.name)
+        Traceback (most recent call last):
+        gaussnet.edm_unpickler.EDMPickleError: expected none but the names of such snapshots
     """
     path = Path(path)
     if not path.is_file():

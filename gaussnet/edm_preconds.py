@@ -128,6 +128,12 @@ class VPPrecond(NoisePrecond):
 
     Raises:
         ValueError: if the network's channels do not fit, or a constant is out of its range.
+
+    Example:
+        >>> from gaussnet import MLP
+        >>> model = VPPrecond(MLP(4, in_channels=1, out_channels=1, model_channels=8))
+        >>> round(model.sigma_max, 1), round(model.c_noise(model.sigma_max).item(), 2)  # at t = 1
+        (152.2, 999.0)
     """
 
     def __init__(
@@ -182,6 +188,12 @@ class VEPrecond(NoisePrecond):
 
     Raises:
         ValueError: if the network's channels do not fit, or not 0 < sigma_min < sigma_max.
+
+    Example:
+        >>> from gaussnet import MLP
+        >>> model = VEPrecond(MLP(4, in_channels=1, out_channels=1, model_channels=8))
+        >>> model.c_in(50.0).item(), model.c_out(50.0).item(), round(model.c_noise(50.0).item(), 3)  # ln(25)
+        (1.0, 50.0, 3.219)
     """
 
     def __init__(
@@ -230,6 +242,12 @@ class iDDPMPrecond(NoisePrecond):
 
     Raises:
         ValueError: if the network's channels do not fit, or a constant is out of its range.
+
+    Example:
+        >>> from gaussnet import MLP
+        >>> model = iDDPMPrecond(MLP(4, in_channels=1, out_channels=2, model_channels=8), M=10)
+        >>> model.c_noise(model.sigma_max).item(), model.c_noise(model.sigma_min).item()
+        (9.0, 0.0)
     """
 
     output_multiple = 2

@@ -49,11 +49,11 @@ class GaussianFlow:
         self.schedule: Schedule = EDMSchedule() if schedule is None else schedule
 
     def psi(self, t: Time, start: Time, lam: Tensor | float) -> Tensor:
-        """The state's coefficient along an eigenvector relative to its start (Eq. 15, 18)."""
+        """The state's coefficient along an eigenvector relative to its start (Eq. 15, 18); float64."""
         return torch.sqrt(self._variance(t, lam) / self._variance(start, lam))
 
     def xi(self, t: Time, start: Time, lam: Tensor | float) -> Tensor:
-        """The denoised image's coefficient relative to the start of the state (Eq. 16, 20)."""
+        """The denoised image's coefficient relative to the state's start (Eq. 16, 20); float64."""
         lam = torch.as_tensor(lam, dtype=torch.float64)
         scale = torch.sqrt(self._variance(t, lam) * self._variance(start, lam))
         return self.schedule.alpha(t) * lam / scale
@@ -66,7 +66,7 @@ class GaussianFlow:
         return derivative(lambda time: coefficient(time, start, lam), t)[1]
 
     def critical_time(self, lam: Tensor | float) -> Tensor:
-        """The centre of a feature's critical period: where sigma_t = alpha_t sqrt(lam)."""
+        """The centre of a feature's critical period: where sigma_t = alpha_t sqrt(lam); shape of lam."""
         return self.schedule.time(torch.sqrt(torch.as_tensor(lam, dtype=torch.float64)))
 
     def state(self, x: Tensor, start: Time, t: Time) -> Tensor:

@@ -40,6 +40,11 @@ class Gate(LevelTable):
 
     Raises:
         ValueError: if the table is malformed.
+
+    Example:
+        >>> gate = Gate(torch.tensor([1.0, 100.0]), torch.tensor([1.0, 0.0]))
+        >>> gate(10.0), round(gate.closes(0.25), 2)  # linear in log sigma
+        (tensor(0.5000), 31.62)
     """
 
     def __init__(self, sigmas: Tensor, values: Tensor) -> None:
@@ -109,11 +114,25 @@ class Gate(LevelTable):
 
     @classmethod
     def step(cls, sigma: float) -> Gate:
-        """1 up to sigma, 0 above."""
+        """1 up to sigma, 0 above.
+
+        Args:
+            sigma: the level, > 0.
+
+        Raises:
+            ValueError: if it is not positive and finite.
+        """
         return cls(torch.tensor([sigma, sigma * (1 + 1e-5)]), torch.tensor([1.0, 0.0]))
 
     def cut(self, sigma: float) -> Gate:
-        """The same up to sigma, 0 above."""
+        """The same up to sigma, 0 above.
+
+        Args:
+            sigma: the level, > 0.
+
+        Raises:
+            ValueError: if it is not positive and finite.
+        """
         sigmas = torch.exp(self.log_sigma)
         low = sigmas < sigma * (1 - 1e-5)
         top = self(sigma)[None]
@@ -151,8 +170,18 @@ def find_sigma_gate(
         n_queries: number of draws at each of 31 levels from 0.5 to 80.
         generator: draws them, on the Gaussian's device.
 
+    Returns:
+        The level, one of 31 from 0.5 to 80 that are even in log.
+
     Raises:
         ValueError: if they differ by more at the highest level, too.
+
+    Example:
+        >>> data = torch.tensor([[-1.0], [1.0]])  # two points: from afar, and only from there, a Gaussian
+        >>> gaussian = GaussianDenoiser.fit(data, shrinkage="none")
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> round(find_sigma_gate(DeltaDenoiser(data), gaussian, generator=generator), 1)
+        1.9
     """
     lowest = ratio = math.inf
     with torch.no_grad():

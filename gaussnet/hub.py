@@ -349,5 +349,15 @@ def from_pretrained(path_or_id: str | Path, **hub_arguments: Any) -> Denoiser:
     Raises:
         FileNotFoundError: if there is no such folder or repository, or a file is missing from it.
         ValueError: if config.json names an unknown class, or the tensors do not fit it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from gaussnet import GaussianDenoiser
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), 1.0).save_pretrained(folder)
+        ...     from_pretrained(folder)
+        GaussianDenoiser(
+          (covariance): Covariance(dim=4, rank=0)
+        )
     """
     return cast("Denoiser", Pretrained.from_pretrained(path_or_id, **hub_arguments))

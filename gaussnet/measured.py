@@ -36,6 +36,15 @@ class MeasuredError(LevelTable):
 
     Raises:
         ValueError: if the table is malformed.
+
+    Example:
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1), 1.0)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> heldout = 2 * torch.randn(2000, 1, generator=generator)  # of other variance than expected
+        >>> error, one = MeasuredError.fit(gaussian, heldout, generator=generator), torch.ones(())
+        >>> measured = error.error(one, 0 * one, gaussian.variance)  # (1 - f)^2 4 + f^2 with f = 1/2
+        >>> abs(measured.item() - 1.25) < 0.1
+        True
     """
 
     def __init__(self, sigmas: Tensor, values: Tensor, other: str = "") -> None:
@@ -67,6 +76,9 @@ class MeasuredError(LevelTable):
             labels: integer classes (n,), for a denoiser with classes.
             other: what the base is blended with; default: the isotropic denoiser of the same mean and
                 variance.
+
+        Returns:
+            The table, on the device of `denoiser`.
 
         Raises:
             TypeError: if the data are neither an array nor an iterable of batches.

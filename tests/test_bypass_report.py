@@ -84,6 +84,20 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
     assert task_text("digits", curves()) == ""
 
 
+def test_runs_at_other_rates_are_kept_and_not_compared(tables: Path) -> None:
+    low, high = bypass_ablation.RATES[:2]
+    for lr, short, full in ((low, 0.5, 0.2), (high, 0.4, 0.3), (1.0, 0.1, 0.1)):  # 1.0 is none of the three
+        collect(Run("core", "edm", bypass_ablation.RATE_SEED, lr, 80), {80: short})
+        collect(Run("core", "edm", 0, lr, 400), {400: full})
+        collect(Run("mnist-300", "edm", 0, lr, 400), {400: full})  # takes the rate of the task core
+    found = curves()
+    assert {key: curve[400][1.0] for key, curve in found.items()} == {
+        ("core", "edm", 0): 0.3,
+        ("mnist-300", "edm", 0): 0.3,
+    }
+    assert len({row["lr"] for row in read(tables / "errors.csv")}) == 3
+
+
 def test_a_run_replaces_its_rows_alone(tables: Path) -> None:
     first, second = Run("core", "edm", 0, 0.01, 400), Run("core", "edm", 1, 0.01, 400)
     collect(first, {100: 1.0, 200: 0.5})

@@ -208,6 +208,15 @@ def test_frequent_values_are_levels_of_their_own() -> None:
         assert own.widths[place] == 0
 
 
+@pytest.mark.parametrize("n_levels", [4, 5, 32])
+def test_two_values_are_two_levels(n_levels: int) -> None:
+    coins = torch.tensor([[-1.0], [1.0], [1.0]])
+    fitted = Marginals.fit(coins, n_levels, prior=0.0)
+    assert fitted.levels.tolist() == [-1, 1]
+    assert fitted.widths.tolist() == [0, 0]
+    torch.testing.assert_close(fitted.log_weights.exp(), torch.tensor([[1 / 3, 2 / 3]]))
+
+
 def test_every_source_gives_the_same() -> None:
     data = digits()[0][:300].float()
     whole = Marginals.fit(data)
@@ -221,7 +230,7 @@ def test_every_source_gives_the_same() -> None:
     ("data", "options", "error", "message"),
     [
         (torch.full((5, 2), math.nan), {}, ValueError, "expected finite data, got 10 non-finite"),
-        (torch.ones(5, 2), {"n_levels": 1}, ValueError, "n_levels >= 2 and a finite prior >= 0, got 1 and"),
+        (torch.ones(5, 2), {"n_levels": 3}, ValueError, "n_levels >= 4 and a finite prior >= 0, got 3 and"),
         (torch.ones(5, 2), {"prior": -1.0}, ValueError, r"prior >= 0, got 32 and -1\.0"),
         (iter([torch.ones(5, 2)]), {}, TypeError, "gone through several times, got a list_iterator"),
         ([], {}, ValueError, "at least one batch of samples, got none"),

@@ -265,9 +265,9 @@ def test_gradients_that_stay_so_stop_the_run_and_keep_its_state(tmp_path: Path, 
         ["bypass.gaussian=mixture", "bypass.components=3"],
         ["bypass.gaussian=classes", "data.labels=true"],
         ["bypass.whiten=true", "loss.sigma_max=5"],
-        ["bypass.base=marginal"],
+        ["bypass.base=blend"],
     ],
-    ids=["edm", "bypass", "isotropic", "mixture", "classes", "white-truncated", "marginal"],
+    ids=["edm", "bypass", "isotropic", "mixture", "classes", "white-truncated", "blend"],
 )
 def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, options: list[str]) -> None:
     config = tiny(tmp_path, *options)
@@ -286,7 +286,7 @@ def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, opt
 
 def test_arms_begin_with_the_same_weights(tmp_path: Path) -> None:
     networks: list[torch.nn.Module] = []
-    for options in (["precond=edm"], [], ["bypass.show_gaussian=false"], ["bypass.base=marginal"]):
+    for options in (["precond=edm"], [], ["bypass.show_gaussian=false"], ["bypass.base=blend"]):
         config = tiny(tmp_path, *options)
         torch.manual_seed(3)
         networks.append(build_network(config, load_data(config.data)))

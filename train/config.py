@@ -123,13 +123,15 @@ class BypassConfig:
     gate: bool = True
     gate_tol: float = 0.01
     show_gaussian: bool = True
-    base: str = "blend"  # or gaussian, isotropic, marginal
+    base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around mixtures blend
     centre: str = "pixel"  # about the mean image; or channel: about the mean colour
     whiten: bool = False
     gaussian: BypassBase = BypassBase.gaussian
     components: int = 10
 
     def __post_init__(self) -> None:
+        if self.base is None:
+            self.base = "marginal" if self.gaussian is BypassBase.gaussian else "blend"
         bases = get_args(Base)
         expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
         centres = get_args(Centre)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,6 +188,9 @@ def loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of stored values and labels in the sampler's order, read ahead by worker processes."""
     ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": own_group} if workers else {}
+    if workers and sys.platform == "linux":
+        # By Python 3.14's default a server forks them: a signal to the group ends it, and they end with it.
+        ahead["multiprocessing_context"] = "fork"
     return DataLoader(images, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **ahead)
 
 

@@ -29,7 +29,7 @@ from gaussnet.networks.blocks import UNetBlock
 from gaussnet.networks.dit import DiTBlock
 from gaussnet.networks.mlp import MLPBlock
 from gaussnet.precond import Base, Centre
-from train.augment import label_dim
+from train.augment import apply, draw, label_dim
 from train.config import NETWORKS, BypassBase, Config, ConfigError, Precond
 from train.data import Data, fit_source, generator_for
 
@@ -146,10 +146,15 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
     other = analytic.marginal if options.base == "marginal" else None
     error = None
     if other is not None or base is not analytic.gaussian:
-        heldout, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
+        raw, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
+        heldout = data.heldout.to_float(raw)
+        if config.augment.on():  # c_out is the error on what the network will see
+            heldout, _ = apply(
+                heldout, draw(len(heldout), config.augment, generator_for(config.seed, "error augment"))
+            )
         error = MeasuredError.fit(
             base,
-            data.heldout.to_float(heldout),
+            heldout,
             generator=generator_for(config.seed, "error"),
             labels=classes if options.gaussian is BypassBase.classes else None,
             other=other,

@@ -62,11 +62,17 @@ class ImageData(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         event_shape: (C, H, W).
+        labels: int64 (N,); None where there are none.
         scaling: how stored values become floats, such as "uint8 / 127.5 - 1".
 
     Raises:
         ValueError: if there is no image, a shape, label or range is not as above, or a value read later lies
             outside of the range or is not finite.
+
+    Example:
+        >>> data = ImageData(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1), labels=[3, 7])
+        >>> data, data.tensor().flatten()
+        (ImageData(images: 2 of 1 x 1 x 1, uint8 / 127.5 - 1, 2 classes), tensor([-1.,  1.]))
     """
 
     def __init__(

@@ -59,6 +59,9 @@ def open_images(
         cache: bytes up to which image files are decoded at once and kept in memory, as uint8. Beyond, they
             are decoded each time they are read, and a bad one is an error only then; so it is in arrays.
 
+    Returns:
+        The images, with labels where the source has them.
+
     Raises:
         FileNotFoundError: if there is no such file, folder or name, or it cannot be downloaded.
         ImportError: if torchvision or datasets is needed and missing.

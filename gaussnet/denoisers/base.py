@@ -24,6 +24,15 @@ class Denoiser(Pretrained, ABC):
     """Base class: maps a noisy batch and its noise level to a clean estimate of the same shape.
 
     All state lies in parameters and buffers. The result has the dtype of `x`, but at least float32.
+
+    Example:
+        >>> class Coin(Denoiser):  # of data that are -1 or 1
+        ...     event_shape = torch.Size([1])
+        ...
+        ...     def forward(self, x, sigma, class_labels=None):
+        ...         return torch.tanh(x / sigma**2)
+        >>> Coin().score(torch.tensor([[0.5]]), sigma=1.0)  # (D - x)/sigma^2
+        tensor([[-0.0379]])
     """
 
     @property
@@ -63,7 +72,10 @@ class Denoiser(Pretrained, ABC):
     def posterior_cov(
         self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None
     ) -> PosteriorCovariance:
-        """The covariance of the clean image given `x`, as an operator with apply, diagonal and trace."""
+        """The covariance of the clean image given `x`, as an operator with apply, diagonal and trace.
+
+        Arguments and errors as in `forward`.
+        """
         return PosteriorCovariance(self, x, sigma, class_labels)
 
     def posterior_variance(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:

@@ -49,14 +49,19 @@ class DeltaDenoiser(Denoiser):
     """The optimal denoiser of the empirical distribution of `data`.
 
     Args:
-        data: (N, *event_shape).
+        data: (N, *event_shape), N >= 1, floating and finite.
         class_labels: integer class of each sample, shape (N,): with them, `class_labels` of a call
             restrict the data to that class.
         chunk_size: number of data points handled at a time; memory grows with (batch + D) x chunk_size.
             Default: what makes up 32 MB.
 
     Raises:
-        ValueError: if the data are empty or not finite, or the labels do not fit them.
+        ValueError: if the data are empty or not finite, the labels do not fit them, or chunk_size < 1.
+
+    Example:
+        >>> delta = DeltaDenoiser(torch.tensor([[-1.0], [1.0]]))
+        >>> delta(torch.tensor([[0.5]]), sigma=1.0)  # tanh(0.5)
+        tensor([[0.4621]])
     """
 
     data: Tensor
@@ -98,7 +103,7 @@ class DeltaDenoiser(Denoiser):
         return variance.reshape(x.shape).to(result_dtype(x))
 
     def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
-        """Log p(x; sigma) of the noised data set (Eq. 9); shape (*batch,)."""
+        """Log p(x; sigma) of the noised data set (Eq. 9), (*batch,); arguments and errors as in `forward`."""
         log_sum = self._attend(x, sigma, class_labels, wide_dtype(x.device)).log_sum
         level = as_sigma(sigma, x, tuple(log_sum.shape), log_sum.dtype)
         count = self._count(class_labels, tuple(log_sum.shape))

@@ -75,7 +75,15 @@ class GaussianDenoiser(Denoiser):
 
     @classmethod
     def isotropic(cls, mean: Tensor, var: Sigma) -> Self:
-        """N(mean, var I); with var = 0 its score is the paper's isotropic one, (mu - x)/s^2 (Eq. 29)."""
+        """N(mean, var I); with var = 0 its score is the paper's isotropic one, (mu - x)/s^2 (Eq. 29).
+
+        Args:
+            mean: shape (*event_shape).
+            var: variance of each dimension, >= 0, in squared data units, a number or 0-d.
+
+        Raises:
+            ValueError: if the mean is not finite, or the variance negative or not finite.
+        """
         eigvecs = mean.new_zeros(mean.numel(), 0)
         return cls(mean, Covariance(eigvecs, mean.new_zeros(0), tail=var))
 
@@ -172,12 +180,16 @@ class GaussianDenoiser(Denoiser):
 
         Returns:
             Tensor of the shape of `x`, in the dtype of the computation.
+
+        Raises:
+            TypeError: if `x` is not a floating-point tensor.
+            ValueError: if a shape does not fit, or sigma is not finite and positive.
         """
         u, level = self._centre(x, sigma, dtype)
         return self._spectral(lambda lam: f(lam, level), u).reshape(x.shape)
 
     def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
-        """Log p(x; sigma) of N(mu, Sigma + sigma^2 I); shape (*batch,)."""
+        """Log p(x; sigma) of N(mu, Sigma + sigma^2 I), (*batch,); arguments and errors as in `forward`."""
         u, level = self._centre(x, sigma, wide_dtype(x.device))
         mahalanobis = (u * self._spectral(lambda lam: 1 / (lam + level**2), u)).sum(-1)
         logdet = self.covariance.trace(lambda lam: torch.log(lam + level**2), u.dtype)
@@ -189,11 +201,15 @@ class GaussianDenoiser(Denoiser):
 
         Args:
             x: state at `sigma_from`, shape (*batch, *event_shape).
-            sigma_from: its noise level, > 0.
+            sigma_from: its noise level, > 0: a number, 0-d or one per sample.
             sigma_to: the level to reach, >= 0, above or below.
 
         Returns:
-            The state at `sigma_to`, of the shape of `x`.
+            The state at `sigma_to`, of the shape of `x`, in its dtype, but at least float32.
+
+        Raises:
+            TypeError: if `x` is not a floating-point tensor.
+            ValueError: if a shape does not fit, or a level is out of its range or not finite.
         """
         # Wide: upwards, sigma_to / sigma_from amplifies the rounding of U^T u where lam is small.
         u, start = self._centre(x, sigma_from, wide_dtype(x.device))
@@ -206,6 +222,14 @@ class GaussianDenoiser(Denoiser):
         """Draws `n` samples of N(mu, Sigma + sigma^2 I); shape (n, *event_shape).
 
         With sigma > 0 these are states of the diffusion at that noise level: a "warm start" of a sampler.
+
+        Args:
+            n: number of samples.
+            sigma: noise level, >= 0: a number, 0-d or (n,).
+            generator: draws them, on the device of the Gaussian.
+
+        Raises:
+            ValueError: if sigma has another shape, is negative or not finite.
         """
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         noise = torch.randn(n, self.covariance.dim, generator=generator, dtype=dtype, device=self.mean.device)
@@ -217,6 +241,12 @@ class GaussianDenoiser(Denoiser):
         """e(sigma)^2, the mean squared denoising error per dimension; shape of `sigma`.
 
         Exact for any data with this mean and covariance, since it depends on second moments only.
+
+        Args:
+            sigma: noise levels >= 0, of any shape.
+
+        Raises:
+            ValueError: if a level is negative or not finite.
         """
         dtype = level_dtype(sigma, self.mean)
         shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()

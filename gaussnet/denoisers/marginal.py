@@ -53,6 +53,11 @@ class Marginals(nn.Module):
 
     Raises:
         ValueError: if shapes do not fit, or values are not finite.
+
+    Example:
+        >>> marginals = Marginals.fit(torch.tensor([[-1.0], [1.0], [1.0]]), prior=0.0)
+        >>> marginals.levels, marginals.log_weights.exp()
+        (tensor([-1.,  1.]), tensor([[0.3333, 0.6667]]))
     """
 
     levels: Tensor
@@ -106,10 +111,10 @@ class Marginals(nn.Module):
         Raises:
             TypeError: if the data are neither an array nor an iterable of batches, or one that can be gone
                 through only once.
-            ValueError: for non-finite data, fewer than 2 levels, a negative prior, or vectors to mirror.
+            ValueError: for non-finite data, fewer than 4 levels, a negative prior, or vectors to mirror.
         """
-        if n_levels < 2 or not 0 <= prior < math.inf:
-            raise ValueError(f"expected n_levels >= 2 and a finite prior >= 0, got {n_levels} and {prior}")
+        if n_levels < 4 or not 0 <= prior < math.inf:
+            raise ValueError(f"expected n_levels >= 4 and a finite prior >= 0, got {n_levels} and {prior}")
         if not isinstance(data, (Tensor, np.ndarray)) and iter(data) is data:
             raise TypeError(
                 f"expected data that can be gone through several times, got a {type(data).__name__}"
@@ -172,6 +177,10 @@ class Marginals(nn.Module):
 
         Returns:
             Tensor of the shape of `denoised`.
+
+        Raises:
+            TypeError: if `denoised` is not a floating-point tensor.
+            ValueError: if a shape does not fit, or sigma is not finite and positive.
         """
         batch_shape = check_event(denoised, self.event_shape, type(self).__name__)
         dim, dtype = self.event_shape.numel(), compute_dtype(denoised, gaussian.mean)

@@ -52,6 +52,12 @@ class GaussianMixtureDenoiser(Denoiser):
 
     Raises:
         ValueError: if the shapes do not fit, or a weight is not finite and positive.
+
+    Example:
+        >>> means = torch.tensor([[-1.0], [1.0]])
+        >>> mixture = GaussianMixtureDenoiser.equal_isotropic(means, var=1.0)
+        >>> mixture.responsibilities(torch.tensor([[1.0]]), sigma=1.0)
+        tensor([[0.2689, 0.7311]])
     """
 
     weights: Tensor
@@ -170,7 +176,7 @@ class GaussianMixtureDenoiser(Denoiser):
 
     @classmethod
     def equal_isotropic(cls, means: Tensor, var: Sigma, class_labels: Tensor | None = None) -> Self:
-        """Equal components N(mu_k, var I) (Eq. 138); with var = 0 they are the delta distribution's."""
+        """Equal components N(mu_k, var I) of means (K, *event_shape) (Eq. 138); with var = 0, the delta's."""
         flat = means.shape[1:].numel()
         one = Covariance(means.new_zeros(flat, 0), means.new_zeros(0), tail=var)
         return cls(means.new_ones(len(means)), means, [one] * len(means), class_labels)
@@ -216,12 +222,12 @@ class GaussianMixtureDenoiser(Denoiser):
         return score.reshape(x.shape).to(result_dtype(x))
 
     def responsibilities(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
-        """w_k(x, sigma) of Eq. 8; shape (*batch, K)."""
+        """w_k(x, sigma) of Eq. 8, (*batch, K); arguments and errors as in `forward`."""
         flat, level = self._flatten(x, sigma)
         return self._posterior(flat, level, class_labels)[0].to(result_dtype(x))
 
     def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
-        """Log p(x; sigma) of the mixture; shape (*batch,). With `class_labels`: of that class."""
+        """Log p(x; sigma) of the mixture, or of the class, (*batch,); arguments, errors as in `forward`."""
         flat, level = self._flatten(x, sigma)
         logits, log_prior, _ = self._logits(flat, level, class_labels)
         log_prob = torch.logsumexp(logits, -1) - torch.logsumexp(log_prior, -1)

@@ -56,13 +56,13 @@ class LocalDenoiser(Denoiser):
     distribution: its Jacobian need not be symmetric, and its score is that of no density.
 
     Args:
-        data: (N, *event_shape).
+        data: (N, *event_shape), N >= 1, finite.
         class_labels: integer class of each sample, shape (N,): with them, `class_labels` of a call
             restrict the data to that class.
         max_numel: numbers in the largest arrays of a step; more data or queries are handled in chunks.
 
     Raises:
-        ValueError: if the data are empty or not finite, or the labels do not fit them.
+        ValueError: if the data are empty or not finite, the labels do not fit them, or max_numel < 1.
     """
 
     data: Tensor

@@ -37,7 +37,7 @@ class PCALocalDenoiser(LocalDenoiser):
     """The delta denoiser of `data`, pixel by pixel, on what the Wiener filter of that pixel sees.
 
     Args:
-        data: (N, *event_shape).
+        data: (N, *event_shape), N >= 1, finite.
         gaussian: the Gaussian whose Wiener filter gives the neighbourhoods, of the same event shape.
         threshold: t of (2), from 0 (everything) to 1 (hardly more than the pixel itself).
         class_labels: integer class of each sample, shape (N,): with them, `class_labels` of a call
@@ -46,6 +46,12 @@ class PCALocalDenoiser(LocalDenoiser):
 
     Raises:
         ValueError: if the data are empty or not finite, or labels, Gaussian or threshold do not fit.
+
+    Example:
+        >>> data = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> apart = GaussianDenoiser.isotropic(torch.zeros(2), 1.0)  # no pixel tells of another
+        >>> PCALocalDenoiser(data, apart)(torch.tensor([[0.1, 0.9]]), sigma=0.1).round(decimals=3)
+        tensor([[0., 1.]])
     """
 
     def __init__(

@@ -34,11 +34,18 @@ class PosteriorCovariance:
             `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.)
         x: noisy samples, (B, *event_shape).
         sigma: their noise level, a number, 0-d or (B,).
-        class_labels: handed to the denoiser.
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
 
     Raises:
         TypeError: if `x` is not a floating-point tensor.
         ValueError: if a shape does not fit, or sigma is not finite and positive.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(2), 1.0)
+        >>> cov = gaussian.posterior_cov(torch.zeros(1, 2), sigma=1.0)
+        >>> cov.apply(torch.ones(1, 2)), cov.trace()  # lam sigma^2/(lam + sigma^2) = 1/2 along both axes
+        (tensor([[0.5000, 0.5000]]), tensor([1.]))
     """
 
     def __init__(

@@ -35,14 +35,32 @@ SUFFIXES = (".csv", ".png", ".pdf", ".md")
 
 
 class Reading(NamedTuple):
-    """What the numbers say: a short table, and a paragraph that tells it."""
+    """What the numbers say: a short table, and a paragraph that tells it.
+
+    Attributes:
+        table: rows of equal keys.
+        text: a paragraph.
+
+    Example:
+        >>> print(markdown(Reading([{"sigma": 1.0, "share": 0.25}], "A quarter is left.").table))
+        | sigma | share |
+        | --- | --- |
+        | 1 | 0.25 |
+    """
 
     table: list[Row]
     text: str
 
 
 class Experiment(Protocol):
-    """What a module offers to be an experiment. `options` are those that it added, by their names."""
+    """What a module offers to be an experiment. `options` are those that it added, by their names.
+
+    Example:
+        >>> from gaussnet.experiments import EXPERIMENTS
+        >>> experiment = EXPERIMENTS["far-field"]
+        >>> experiment.SOURCE, experiment.NEEDS_DATA
+        ('Sec. 4.1, D.8, Eq. 25-27, 154-159', True)
+    """
 
     @property
     def SOURCE(self) -> str:
@@ -126,8 +144,21 @@ def run(
 def defaults(experiment: Experiment, **changed: Any) -> argparse.Namespace:
     """The options of an experiment, with these changed.
 
+    Args:
+        experiment: a module.
+        **changed: options by their names.
+
+    Returns:
+        All of its options.
+
     Raises:
         ValueError: if there is no such option.
+
+    Example:
+        >>> from gaussnet.experiments import EXPERIMENTS
+        >>> options = defaults(EXPERIMENTS["far-field"], queries=16)
+        >>> options.queries, options.far
+        (16, 3.0)
     """
     parser = argparse.ArgumentParser()
     experiment.add_arguments(parser)

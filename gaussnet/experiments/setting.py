@@ -71,6 +71,12 @@ class Setting:
     Raises:
         ValueError: if the images do not fit the model, or there are too few.
         FileNotFoundError: if there is no such model.
+
+    Example:
+        >>> images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> setting = Setting("gaussian", ImageData(images, scaling=(0, 1)), heldout=4)
+        >>> setting.model is setting.reference("gaussian"), setting.queries(10)[0].shape
+        (True, torch.Size([4, 1, 4, 4]))
     """
 
     model_name: str

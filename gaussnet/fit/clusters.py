@@ -18,16 +18,21 @@ def kmeans_labels(data: Tensor, n_components: int, seed: int = 0, min_count: int
     nearest of the others.
 
     Args:
-        data: (N, *event_shape).
+        data: (N, *event_shape); distances are taken in float32.
         n_components: clusters to look for, 1 <= n_components <= N.
         seed: random state of the clustering.
         min_count: smallest size of a cluster that is kept.
 
     Returns:
-        Labels 0..K-1 of shape (N,), K <= n_components; every label occurs.
+        Labels 0..K-1 of shape (N,), int64, K <= n_components; every label occurs.
 
     Raises:
         ValueError: if there are fewer samples than clusters, or n_components < 1.
+
+    Example:
+        >>> labels = kmeans_labels(torch.tensor([[0.0], [0.1], [5.0], [5.1]]), n_components=2)
+        >>> labels.equal(torch.tensor([0, 0, 1, 1])) or labels.equal(torch.tensor([1, 1, 0, 0]))
+        True
     """
     from sklearn.cluster import MiniBatchKMeans
 

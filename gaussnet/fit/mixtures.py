@@ -47,6 +47,12 @@ class MixtureFit:
         classes: the class of each component, (K,); None for clusters.
         log_likelihood: mean log-likelihood per sample, before each step of expectation maximisation and
             after the last.
+
+    Example:
+        >>> data, labels = torch.tensor([[0.0], [2.0], [5.0], [7.0]]), torch.tensor([0, 0, 1, 1])
+        >>> fitted = fit_mixture(data, labels=labels, shrinkage="none")
+        >>> fitted.classes, [covariance.dense().item() for covariance in fitted.covariances]
+        (tensor([0, 1]), [1.0, 1.0])
     """
 
     weights: Tensor
@@ -87,11 +93,20 @@ def fit_mixture(
         em_steps: steps of expectation maximisation. With shrinkage="none" its components are the result;
             otherwise each is fitted again to the samples that it is most responsible for.
 
+    Returns:
+        Weights, means and covariances of the components.
+
     Raises:
         TypeError: if a batch is neither a tensor nor an array.
         ValueError: if not exactly one of `n_components` and classes is given, they do not fit the data, a
             class has fewer than two samples, a share comes with `select` or `em_steps`, or as in
             `fit_covariance`.
+
+    Example:
+        >>> data, labels = torch.tensor([[0.0], [2.0], [5.0], [7.0]]), torch.tensor([0, 0, 1, 1])
+        >>> fitted = fit_mixture(data, labels=labels, shrinkage="none")
+        >>> fitted.weights, fitted.means.flatten()
+        (tensor([2., 2.]), tensor([1., 6.]))
     """
     array = isinstance(data, (Tensor, np.ndarray))
     if (n_components is None) == (labels is None) and (array or n_components is not None):

@@ -43,6 +43,11 @@ class Moments:
         scatter: sum of (x - mean)(x - mean)^T, (D, D), float64.
         event_shape: shape of one sample; D is its product.
         dtype: dtype of the data, at least float32.
+
+    Example:
+        >>> moments = fit_moments(torch.tensor([[0.0], [2.0]]))[0]
+        >>> moments.count, moments.mean, moments.covariance
+        (2, tensor([1.], dtype=torch.float64), tensor([[1.]], dtype=torch.float64))
     """
 
     count: int
@@ -53,7 +58,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """The covariance of the samples (over N: that of their empirical distribution)."""
+        """The covariance of the samples (over N: that of their empirical distribution), (D, D), float64."""
         return self.scatter / self.count
 
     def merge(self, other: Moments) -> Moments:
@@ -99,7 +104,23 @@ class Moments:
 
 
 def merge_all(moments: Iterable[Moments]) -> Moments:
-    """The moments of all the sets together."""
+    """The moments of all the sets together.
+
+    Args:
+        moments: of sets of samples that have no sample in common.
+
+    Returns:
+        Those of their union: count, mean and scatter are exact but for rounding.
+
+    Raises:
+        TypeError: if there is none.
+        ValueError: if the samples differ in shape.
+
+    Example:
+        >>> folds = fit_moments(torch.tensor([[0.0], [2.0], [4.0]]), folds=2)
+        >>> [fold.count for fold in folds], merge_all(folds).mean
+        ([2, 1], tensor([2.], dtype=torch.float64))
+    """
     return reduce(Moments.merge, moments)
 
 
@@ -140,7 +161,7 @@ def fit_moments(
     Args:
         data: (N, *event_shape), or an iterable of batches; see `Data`.
         folds: sample i of the stream goes to fold i % folds.
-        groups: or, for arrays, an integer for each sample: those of one group go to one fold.
+        groups: or, for arrays, an integer for each sample, (N,): those of one group go to one fold.
         mirror: count each sample's mirror image, too.
         all_processes: sum over the processes of `torch.distributed`, of which each has its own share of the
             data, at least one sample. Where process r of R has the samples r, r + R, ..., the folds are
@@ -154,6 +175,12 @@ def fit_moments(
         ValueError: if there is no sample, the shapes differ, a value is not finite, or vectors are to be
             mirrored.
         RuntimeError: if `all_processes` is asked for where `torch.distributed` is not initialised.
+
+    Example:
+        >>> stream = iter([torch.zeros(1, 2), torch.ones(3, 2)])  # batches of any size, read once
+        >>> moments = merge_all(fit_moments(stream))
+        >>> moments.count, moments.mean
+        (4, tensor([0.7500, 0.7500], dtype=torch.float64))
     """
     _check_folds(folds)
     if groups is not None and not isinstance(data, (Tensor, np.ndarray)):
@@ -200,6 +227,11 @@ def fit_class_moments(
     Raises:
         TypeError: if the labels of an array are missing, or a batch has none.
         ValueError: if the labels do not fit, or as in `fit_moments`.
+
+    Example:
+        >>> found = fit_class_moments(torch.tensor([[0.0], [2.0], [5.0]]), labels=torch.tensor([3, 3, 7]))
+        >>> {k: merge_all(folds).mean.item() for k, folds in found.items()}
+        {3: 1.0, 7: 5.0}
     """
     _check_folds(folds)
     array = isinstance(data, (Tensor, np.ndarray))

@@ -36,6 +36,13 @@ class Selection:
         shrinkage: the chosen one.
         sigmas: noise levels of the table.
         errors: (rank or None, shrinkage) -> mean squared error per dimension at each level.
+
+    Example:
+        >>> print(Selection(4, "cv", (1.0,), {(4, "cv"): [0.5], (None, "cv"): [0.6]}).table())
+        | rank | shrinkage | 1 |
+        |---|---|---|
+        | 4 * | cv | 0.50000 |
+        | all | cv | 0.60000 |
     """
 
     rank: int | None
@@ -69,11 +76,21 @@ def select_heldout(
         groups: integers (N,): the samples of one group are held out together.
         rank: the only rank to consider; default: all axes, and powers of 4 below.
         mirror: fit to mirror images, too.
-        sigmas: noise levels to judge by.
+        sigmas: noise levels to judge by, in units of the data.
         tail: "mean" or "zero", as in `fit_covariance`.
+
+    Returns:
+        The candidate of least error in the mean of logarithms, with the errors of all.
 
     Raises:
         ValueError: if there are too few samples, or as `fit_covariance` does.
+
+    Example:
+        >>> data = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+        >>> data[:, :4] *= 10  # four axes matter
+        >>> choice = select_heldout(data)
+        >>> choice.rank, choice.shrinkage
+        (4, 'cv')
     """
     out = held_out(len(data), groups)
     if out is None:

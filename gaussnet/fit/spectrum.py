@@ -41,6 +41,11 @@ class Fit:
         covariance: in that dtype.
         count: number of samples, their mirror images not counted.
         selection: how rank and shrinkage were chosen, with select="heldout".
+
+    Example:
+        >>> fitted = fit_covariance(torch.tensor([[0.0], [2.0]]), shrinkage="none")
+        >>> fitted.mean, fitted.covariance.dense(), fitted.count
+        (tensor([1.]), tensor([[1.]]), 2)
     """
 
     mean: Tensor
@@ -74,7 +79,7 @@ def fit_covariance(
         solver: "dense" passes once over any data and costs D^3; "gram" needs an array and costs N^3;
             "krylov" needs an array and a rank, and takes passes over it, but no square matrix. Default: by
             shape.
-        groups: an integer for each sample of an array: variants of one image share one, so that none is
+        groups: an integer for each sample of an array, (N,): variants of one image share one, so that none is
             measured along axes that the others of its group have shaped.
         tail: variance along the axes left out: their "mean", or "zero".
         basis: "eigen", or "cosine" for images too large for eigenvectors: a 2-D DCT of each channel after a
@@ -91,6 +96,12 @@ def fit_covariance(
         TypeError: if something that needs an array gets an iterable.
         ValueError: for fewer than two samples, non-finite or constant data, an unknown option, or a rank out
             of range.
+
+    Example:
+        >>> images = torch.randn(1000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        >>> fitted = fit_covariance(images, rank=1)
+        >>> fitted.covariance.rank, round(fitted.covariance.tail.item(), 1)
+        (1, 1.0)
     """
     check_options(shrinkage=shrinkage, solver=solver, tail=tail, basis=basis, select=select)
     if basis == "cosine":

@@ -70,6 +70,13 @@ def scheduler_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
         TypeError: if the scheduler's class is another one.
         ValueError: if its timesteps are not set, or the data has no share in its first state (zero terminal
             SNR): there is no noise level then.
+
+    Example:
+        >>> scheduler = diffusers.DDIMScheduler()
+        >>> scheduler.set_timesteps(4)
+        >>> alpha, level = scheduler_levels(scheduler)
+        >>> torch.allclose(alpha, torch.rsqrt(level**2 + 1)), [round(sigma, 2) for sigma in level.tolist()]
+        (True, [17.38, 3.44, 0.96, 0.01])
     """
     if not isinstance(scheduler, SUPPORTED):
         known = ", ".join(cls.__name__ for cls in SUPPORTED)
@@ -200,6 +207,14 @@ def teleport_pipeline(
     Raises:
         TypeError: if the scheduler is not supported, or its `step` does not take an argument.
         ValueError: as `teleport_scheduler`, or for an unknown output_type.
+
+    Example:
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1, 8, 8), 0.25)
+        >>> scheduler = diffusers.DDIMScheduler()
+        >>> pipeline = diffusers.DDIMPipeline(GaussnetUNet(gaussian, scheduler), scheduler)
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> teleport_pipeline(pipeline, gaussian, 2, 10, skip=4, output_type="pt").images.shape
+        torch.Size([2, 1, 8, 8])
     """
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"expected output_type to be one of pil, np, pt, got {output_type!r}")

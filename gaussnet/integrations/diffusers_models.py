@@ -139,6 +139,15 @@ class DiffusersDenoiser(NetworkDenoiser):
     Raises:
         TypeError: if `scheduler` is none of these.
         ValueError: if the table or prediction_type is none that exists, or there is no event_shape.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1, 8, 8), 0.25)
+        >>> scheduler = diffusers.DDIMScheduler()
+        >>> model = DiffusersDenoiser(GaussnetUNet(gaussian, scheduler), scheduler)  # there and back again
+        >>> x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(model(x, sigma=1.0), gaussian(x, sigma=1.0), atol=1e-5)
+        True
     """
 
     encoder_hidden_states: Tensor | None
@@ -220,6 +229,13 @@ class GaussnetUNet(ModelMixin, ConfigMixin):
     Raises:
         TypeError: if `scheduler` is none of these.
         ValueError: if the table or prediction_type is none that exists.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser
+        >>> scheduler = diffusers.DDIMScheduler()
+        >>> unet = GaussnetUNet(GaussianDenoiser.isotropic(torch.zeros(1, 8, 8), 0.25), scheduler)
+        >>> unet.config.sample_size, unet(torch.randn(2, 1, 8, 8), timestep=500).sample.shape  # the noise
+        (8, torch.Size([2, 1, 8, 8]))
     """
 
     config_name = "config.json"

@@ -49,6 +49,13 @@ class SmallClassifier(Pretrained):
 
     Raises:
         ValueError: if a number is below 1, or there are no widths.
+
+    Example:
+        >>> import torch
+        >>> classifier, x = SmallClassifier().eval(), torch.rand(2, 1, 28, 28)
+        >>> padded = F.pad(x, (2, 2, 2, 2), value=-1.0)  # with background, to 32 x 32
+        >>> torch.equal(classifier.features(x), classifier.features(padded))
+        True
     """
 
     def __init__(

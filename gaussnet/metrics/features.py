@@ -26,6 +26,12 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as pixels, uint8, rounded as EDM does: x 127.5 + 128, cut to [0, 255], truncated.
 
+    Args:
+        images: floating, of any shape.
+
+    Returns:
+        uint8 of the same shape.
+
     Raises:
         TypeError: if the images are not floating.
 
@@ -60,6 +66,13 @@ def load_extractor(name_or_module: str | Path | nn.Module, weights: str | Path |
         FileNotFoundError: if there is no such folder, or the weights are missing and cannot be downloaded.
         ImportError: if torch-fidelity or timm is needed and missing.
         ValueError: if the name is unknown, or what is found does not fit it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = SmallClassifier(widths=[4]).save_pretrained(folder)
+        ...     load_extractor(folder)(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 4])
     """
     if isinstance(name_or_module, nn.Module):
         _expect_no_weights("a module", weights)
@@ -90,7 +103,13 @@ def extract_features(extractor: nn.Module, images: Data, batch_size: int = 256) 
 
     Raises:
         TypeError: if a batch is neither a tensor nor an array, or not floating.
-        ValueError: if the batches are not images, or the extractor's output is not of shape (n, F).
+        ValueError: if batch_size < 1, the batches are not images, or the extractor's output is not of
+            shape (n, F).
+
+    Example:
+        >>> pixels = nn.Flatten()  # any module of images serves
+        >>> [features.shape for features in extract_features(pixels, torch.zeros(5, 1, 2, 2), batch_size=3)]
+        [torch.Size([3, 4]), torch.Size([2, 4])]
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")

@@ -24,10 +24,19 @@ _WEIGHTS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "Squee
 
 
 class SquaredError(nn.Module):
-    """||a - b||^2 / D, in float64."""
+    """||a - b||^2 / D, in float64.
+
+    Example:
+        >>> SquaredError()(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0))
+        tensor([4.], dtype=torch.float64)
+    """
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances (B,) of images (B, C, H, W)."""
+        """Distances (B,) of images (B, C, H, W).
+
+        Raises:
+            ValueError: if the shapes differ, or are not those of images.
+        """
         check_pairs(a, b)
         return (a.double() - b.double()).square().flatten(1).mean(1)
 
@@ -43,6 +52,11 @@ class PerceptualDistance(nn.Module):
 
     Raises:
         ValueError: if the size is not positive.
+
+    Example:
+        >>> distance = PerceptualDistance(SquaredError(), size=8)  # SquaredError in the place of LPIPS
+        >>> distance(torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 2.0))  # cut to 1
+        tensor([1.])
     """
 
     def __init__(self, network: nn.Module, size: int | None = SIZE) -> None:
@@ -84,6 +98,9 @@ def load_distance(name: str) -> nn.Module:
     | `mse` | mean squared error per pixel |
     | `lpips-alex`, `lpips-vgg`, `lpips-squeeze` | LPIPS 0.1 on these networks; needs lpips |
 
+    Args:
+        name: as above.
+
     Returns:
         A module in eval mode, without gradients: two batches of images (B, C, H, W) in [-1, 1] to (B,).
 
@@ -91,6 +108,11 @@ def load_distance(name: str) -> nn.Module:
         FileNotFoundError: if the weights of the network are not in PyTorch's cache and cannot be downloaded.
         ImportError: if lpips is needed and missing.
         ValueError: if the name is unknown.
+
+    Example:
+        >>> images = torch.ones(2, 1, 4, 4)
+        >>> load_distance("mse")(images, images / 2)
+        tensor([0.2500, 0.2500], dtype=torch.float64)
     """
     if name not in DISTANCES:
         raise ValueError(f"expected a distance among {', '.join(DISTANCES)}, got {name!r}")

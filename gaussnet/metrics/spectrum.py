@@ -33,7 +33,13 @@ class VarianceRatio(NamedTuple):
             eigenvectors leave out directions (r < D), one more entry tells of the mean variance of these.
             1 where both are below 1e-7 of the largest.
         measured: variances over N - 1, of the same shape.
-        expected: eigenvalues and tail, with sigma^2.
+        expected: eigenvalues and tail plus sigma^2, of the same shape.
+
+    Example:
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1), 4.0)
+        >>> found = variance_ratio(torch.tensor([[-1.0], [1.0]]), gaussian)
+        >>> found.measured.item(), found.expected.item(), found.ratio.item()
+        (2.0, 4.0, 0.5)
     """
 
     ratio: Tensor
@@ -47,11 +53,21 @@ def variance_ratio(samples: Data, gaussian: GaussianDenoiser, sigma: float = 0.0
     Args:
         samples: (N, *event_shape), N >= 2, or an iterable of batches, read once.
         gaussian: whose axes and eigenvalues are the reference.
-        sigma: noise level of the samples, >= 0.
+        sigma: noise level of the samples, in their units, >= 0.
+
+    Returns:
+        Measured over expected variances, and both.
 
     Raises:
         TypeError: if a batch is neither a tensor nor an array.
-        ValueError: if the samples do not fit the Gaussian, one is not finite, or there are fewer than two.
+        ValueError: if the samples do not fit the Gaussian, one is not finite, there are fewer than two, or
+            sigma is negative or not finite.
+
+    Example:
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(2), 4.0)
+        >>> samples = gaussian.sample(10_000, generator=torch.Generator().manual_seed(0))
+        >>> variance_ratio(samples, gaussian).ratio.round(decimals=1)  # of the tail, which all axes are here
+        tensor([1.], dtype=torch.float64)
     """
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"expected sigma to be finite and >= 0, got {sigma}")
@@ -88,6 +104,10 @@ def radial_power(images: Data) -> Tensor:
     Raises:
         TypeError: if a batch is neither a tensor nor an array.
         ValueError: if they are not images of one shape, one is not finite, or there is none.
+
+    Example:
+        >>> radial_power(torch.ones(1, 1, 4, 4))  # flat: all power at frequency 0
+        tensor([16.,  0.,  0.,  0.], dtype=torch.float64)
     """
     total, count, shape = None, 0, None
     for batch in _finite_batches(images):
@@ -105,11 +125,23 @@ def radial_power(images: Data) -> Tensor:
 
 
 def radial_power_ratio(samples: Data, reference: Data) -> Tensor:
-    """The radial power spectrum of samples over that of reference images, (R,); 1 where both have none.
+    """The radial power spectrum of samples over that of reference images; 1 where both have none.
+
+    Args:
+        samples: (N, C, H, W), or an iterable of batches, read once.
+        reference: (M, C, H, W), or such batches.
+
+    Returns:
+        Tensor (R,), float64, for the rings of `radial_power`.
 
     Raises:
         TypeError: if a batch is neither a tensor nor an array.
         ValueError: as `radial_power`, or if the spectra differ in length.
+
+    Example:
+        >>> images = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> radial_power_ratio(2 * images, images)
+        tensor([4., 4., 4., 4.], dtype=torch.float64)
     """
     power, expected = radial_power(samples), radial_power(reference)
     if power.shape != expected.shape:

@@ -29,6 +29,13 @@ class Network(nn.Module):
 
     Attributes:
         config: The arguments; ``type(net)(**net.config)`` has the same architecture.
+
+    Example:
+        >>> from gaussnet.networks import MLP
+        >>> network = MLP((), in_channels=3, out_channels=3, model_channels=8)
+        >>> again = type(network)(**network.config)
+        >>> again.load_state_dict(network.state_dict())
+        <All keys matched successfully>
     """
 
     map_layer0: nn.Linear

@@ -65,6 +65,15 @@ class PositionalEmbedding(_NoiseEmbedding):
     Args:
         num_channels: Number of cosines and sines together, even.
         endpoint: Whether the last frequency is 1 / 10000 itself (DDPM++) or one step above (ADM).
+
+    Raises:
+        ValueError: if num_channels is odd, or below 2, or below 4 with `endpoint`.
+
+    Example:
+        >>> PositionalEmbedding(4).freqs, PositionalEmbedding(4, endpoint=True).freqs
+        (tensor([1.0000, 0.0100]), tensor([1.0000e+00, 1.0000e-04]))
+        >>> PositionalEmbedding(4)(torch.zeros(1))  # cosines and sines
+        (tensor([[1., 1.]]), tensor([[0., 0.]]))
     """
 
     def __init__(self, num_channels: int, endpoint: bool = False) -> None:
@@ -79,6 +88,14 @@ class FourierEmbedding(_NoiseEmbedding):
     Args:
         num_channels: Number of cosines and sines together, even.
         scale: Standard deviation of the frequencies, in cycles.
+
+    Raises:
+        ValueError: if num_channels is odd or below 2.
+
+    Example:
+        >>> cos, sin = FourierEmbedding(8)(torch.tensor([0.5, -1.0]))
+        >>> cos.shape, torch.allclose(cos**2 + sin**2, torch.ones(2, 4))
+        (torch.Size([2, 4]), True)
     """
 
     omega: float = 2 * math.pi
@@ -95,7 +112,22 @@ def _half(num_channels: int, least: int) -> int:
 
 
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups of at least 4 channels."""
+    """GroupNorm with at most 32 groups of at least 4 channels.
+
+    Args:
+        channels: a multiple of 4, above 128 of 32.
+        eps: added to the variance.
+
+    Returns:
+        A layer of (B, channels, ...).
+
+    Raises:
+        ValueError: if the channels make no such groups.
+
+    Example:
+        >>> group_norm(64).num_groups, group_norm(256).num_groups
+        (16, 32)
+    """
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
         raise ValueError(f"GroupNorm: got {channels} channels, expected a multiple of 4, above 128 of 32")
@@ -136,6 +168,13 @@ class Resample(nn.Module):
     Args:
         mode: "up" or "down".
         resample_filter: Taps r, an even number and symmetric.
+
+    Raises:
+        ValueError: if the number of taps is odd, they are not symmetric, or their sum is not positive.
+
+    Example:
+        >>> Resample("down")(torch.arange(4.0).reshape(1, 1, 2, 2))
+        tensor([[[[1.5000]]]])
     """
 
     resample_filter: Tensor
@@ -166,6 +205,13 @@ class Conv2d(nn.Conv2d):
         resample_filter: Taps of the resampling filter.
         fused: Resample (down only) after the convolution instead of before it, and pad once for
             both, so that the filter sees no border of zeros between them.
+
+    Raises:
+        ValueError: if `fused` comes without "down", or the taps are none of `Resample`.
+
+    Example:
+        >>> Conv2d(3, 8, kernel_size=3, resample="down")(torch.zeros(2, 3, 6, 6)).shape
+        torch.Size([2, 8, 3, 3])
     """
 
     resample_filter: Tensor
@@ -224,6 +270,14 @@ class UNetBlock(nn.Module):
         resample_proj: Whether a skip that resamples always has a 1x1 convolution, or only where
             the channels change.
         adaptive_scale: Whether the embedding scales and shifts (ADM) or is added (DDPM++).
+
+    Raises:
+        ValueError: if `group_norm` does not take the channels, or `Resample` the taps.
+
+    Example:
+        >>> block, x = UNetBlock(8, 8, emb_channels=4, attention=True), torch.randn(2, 8, 4, 4)
+        >>> torch.equal(block(x, torch.randn(2, 4)), x)  # until it is trained
+        True
     """
 
     def __init__(

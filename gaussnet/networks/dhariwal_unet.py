@@ -50,6 +50,15 @@ class DhariwalUNet(EmbeddingNetwork):
             a level of fewer than 64 channels has none.
         dropout: Dropout probability inside the blocks.
         label_dropout: Probability to drop class labels in training, for guidance.
+
+    Raises:
+        ValueError: if an argument is impossible, or does not fit another; the message names it.
+
+    Example:
+        >>> network = DhariwalUNet(8, 1, 1, model_channels=8, channel_mult=[1, 2], num_blocks=1)
+        >>> larger = network(torch.randn(2, 1, 16, 12), noise_labels=torch.zeros(2))
+        >>> larger.shape, larger.abs().max().item()  # 0 until it is trained
+        (torch.Size([2, 1, 16, 12]), 0.0)
     """
 
     def __init__(
@@ -148,6 +157,9 @@ class DhariwalUNet(EmbeddingNetwork):
 
         Returns:
             Images (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if x or labels have another shape; the message names them.
         """
         check_images(x, self.in_channels, self.multiple)
         emb = self.embed(x.shape[0], noise_labels, class_labels, augment_labels)

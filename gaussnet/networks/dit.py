@@ -92,6 +92,15 @@ class DiT(EmbeddingNetwork):
         mlp_ratio: Multiple of ``model_channels`` in the hidden layers of the MLPs.
         dropout: Dropout probability inside the MLPs.
         label_dropout: Probability to drop class labels in training, for guidance.
+
+    Raises:
+        ValueError: if an argument is impossible, or does not fit another; the message names it.
+
+    Example:
+        >>> network = DiT(8, in_channels=1, out_channels=1, model_channels=8, num_blocks=1, num_heads=2)
+        >>> larger = network(torch.randn(2, 1, 16, 12), noise_labels=torch.zeros(2))
+        >>> larger.shape, larger.abs().max().item()  # 0 until it is trained
+        (torch.Size([2, 1, 16, 12]), 0.0)
     """
 
     def __init__(
@@ -160,6 +169,9 @@ class DiT(EmbeddingNetwork):
 
         Returns:
             Images (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if x or labels have another shape; the message names them.
         """
         check_images(x, self.in_channels, self.patch_size)
         emb = self.embed(x.shape[0], noise_labels, class_labels, augment_labels)

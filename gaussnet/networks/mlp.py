@@ -65,6 +65,15 @@ class MLP(EmbeddingNetwork):
         num_blocks: Residual blocks.
         dropout: Dropout probability inside the blocks.
         label_dropout: Probability to drop class labels in training, for guidance.
+
+    Raises:
+        ValueError: if an argument is impossible, or does not fit another; the message names it.
+
+    Example:
+        >>> network = MLP((), in_channels=3, out_channels=3, label_dim=10, model_channels=8)
+        >>> x, labels = torch.randn(5, 3), torch.arange(5)
+        >>> network(x, noise_labels=torch.zeros(5), class_labels=labels).shape  # of vectors, or of images
+        torch.Size([5, 3])
     """
 
     def __init__(
@@ -125,6 +134,9 @@ class MLP(EmbeddingNetwork):
 
         Returns:
             Events (B, out_channels, ...).
+
+        Raises:
+            ValueError: if x or labels have another shape; the message names them.
         """
         if x.shape[1:] != self.in_shape:
             shape = ", ".join(map(str, self.in_shape))

@@ -80,6 +80,15 @@ class SongUNet(Network):
     Attributes:
         config: The arguments as JSON-able values; ``SongUNet(**net.config)`` has the same
             architecture.
+
+    Raises:
+        ValueError: if an argument is impossible, or does not fit another; the message names it.
+
+    Example:
+        >>> network = SongUNet(8, 1, 1, model_channels=8, channel_mult=[1, 2], num_blocks=1)
+        >>> larger = network(torch.randn(2, 1, 16, 12), noise_labels=torch.zeros(2))
+        >>> larger.shape, larger.abs().max().item()  # 0 until it is trained
+        (torch.Size([2, 1, 16, 12]), 0.0)
     """
 
     map_noise: PositionalEmbedding | FourierEmbedding
@@ -232,6 +241,9 @@ class SongUNet(Network):
 
         Returns:
             Images (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if x or labels have another shape; the message names them.
         """
         check_images(x, self.in_channels, multiple=2 ** (len(self.resolutions) - 1))
         emb = self._embed(x.shape[0], noise_labels, class_labels, augment_labels)

@@ -83,10 +83,21 @@ def select_features(gaussian: GaussianDenoiser, count: int, sigma_min: float) ->
     Args:
         gaussian: mean and covariance of the data.
         count: of features, >= 2; where ranks round to the same, fewer come out.
-        sigma_min: lowest level of sampling above 0.
+        sigma_min: lowest level of sampling above 0, in units of the data.
+
+    Returns:
+        Ranks, eigenvalues and eigenvectors of the features, and the mean.
 
     Raises:
         ValueError: if count < 2, or fewer than two features vary that much.
+
+    Example:
+        >>> from gaussnet import Covariance
+        >>> covariance = Covariance(torch.eye(3), torch.tensor([4.0, 1.0, 0.25]))
+        >>> gaussian = GaussianDenoiser(torch.zeros(3), covariance)
+        >>> features = select_features(gaussian, count=2, sigma_min=0.01)
+        >>> features.ranks, features.eigvals
+        ([1, 3], tensor([4.0000, 0.2500], dtype=torch.float64))
     """
     if count < 2:
         raise ValueError(f"expected at least 2 features, got {count}")
@@ -111,9 +122,17 @@ def feature_course(eigvals: Tensor, levels: Tensor, start: float) -> Course:
     """The closed form of what features do (Fig. 3 B to E), from x_T at the level `start`.
 
     Args:
-        eigvals: (F,).
-        levels: > 0, (n,).
+        eigvals: variances of the data along the features, (F,).
+        levels: > 0, (n,), in EDM's coordinates.
         start: the level S.
+
+    Returns:
+        Each coefficient at each level, (n, F), float64, on the CPU.
+
+    Example:
+        >>> course = feature_course(torch.tensor([1.0]), levels=torch.tensor([80.0, 1.0]), start=80.0)
+        >>> course.psi[0].item(), round(course.gain[1].item(), 4)  # at the start; at sqrt(lam)
+        (1.0, 0.7071)
     """
     point = GaussianDenoiser.isotropic(torch.zeros(1), 0.0)  # the coefficients depend on eigvals alone
     edm, vp = GaussianFlow(point), GaussianFlow(point, VPSchedule())
@@ -174,6 +193,11 @@ def emergence_level(shares: Tensor, levels: Tensor, share: float) -> Tensor:
 
     Raises:
         ValueError: if `share` is not in (0, 1].
+
+    Example:
+        >>> shares = torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64)
+        >>> emergence_level(shares, levels=torch.tensor([100.0, 10.0, 1.0]), share=0.75)  # half-way in log
+        tensor([3.1623], dtype=torch.float64)
     """
     if not 0 < share <= 1:
         raise ValueError(f"expected a share in (0, 1], got {share}")
@@ -210,7 +234,7 @@ def perturbation_gains(
     Args:
         denoiser: any denoiser.
         x: states at sigmas[0], (B, *event_shape).
-        sigmas: decreasing levels that end in 0.
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
         features: the eigenvectors.
         size: of the change, in standard deviations of the state along the eigenvector, sqrt(lam + s^2).
         batch_size: states that are solved at a time; default: all.
@@ -223,6 +247,15 @@ def perturbation_gains(
 
     Raises:
         ValueError: if size <= 0, or the grid does not decrease to 0.
+
+    Example:
+        >>> from gaussnet import Covariance, karras_sigmas
+        >>> covariance = Covariance(torch.eye(3), torch.tensor([4.0, 1.0, 0.25]))
+        >>> gaussian = GaussianDenoiser(torch.zeros(3), covariance)
+        >>> features, x = select_features(gaussian, count=2, sigma_min=0.01), torch.zeros(1, 3)
+        >>> gain, across = perturbation_gains(gaussian, x, karras_sigmas(40, 0.01, 2.0), features)
+        >>> gain.flatten().round(decimals=2)  # sqrt(4/(4 + 2^2)), sqrt(0.25/(0.25 + 2^2))
+        tensor([0.7100, 0.2400], dtype=torch.float64)
     """
     if not size > 0:
         raise ValueError(f"expected size > 0, got {size}")

@@ -110,6 +110,12 @@ def rotation_error(x: Tensor, levels: Tensor) -> Tensor:
 
     Returns:
         Tensor (n, B), float64; 0 at both ends.
+
+    Example:
+        >>> gaussian, levels = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([80.0, 1.0, 0.0])
+        >>> states = gaussian_states(gaussian, torch.tensor([[80.0]]), levels)
+        >>> rotation_error(states, levels).flatten().round(decimals=2)
+        tensor([0.0000, 0.4100, 0.0000], dtype=torch.float64)
     """
     x = x.to(wide_dtype(x.device))
     turned = ((levels - levels[-1]) / (levels[0] - levels[-1])).to(x)
@@ -130,6 +136,12 @@ def rotation_bounds(gaussian: GaussianDenoiser, x: Tensor, levels: Tensor) -> Te
 
     Returns:
         Tensor (n, B), float64. A trajectory of the Gaussian has no larger error.
+
+    Example:
+        >>> gaussian, levels = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([80.0, 1.0, 0.0])
+        >>> states = gaussian_states(gaussian, torch.tensor([[80.0]]), levels)
+        >>> bool((rotation_error(states, levels) <= rotation_bounds(gaussian, states, levels)).all())
+        True
     """
     x = x.to(wide_dtype(x.device))
 

@@ -99,6 +99,14 @@ def modes_and_ranks(
 
     Raises:
         ValueError: as in `truncated` and `ScoreProbe`.
+
+    Example:
+        >>> covariance = Covariance(torch.eye(3), torch.tensor([4.0, 1.0, 0.25]))
+        >>> model, generator = GaussianDenoiser(torch.zeros(3), covariance), torch.Generator().manual_seed(0)
+        >>> clean = torch.randn(64, 3, generator=generator)
+        >>> rows = modes_and_ranks(model, model, [1, 2, "full"], clean, [1.0], generator)
+        >>> [(row["axes"], row["mean"] < 1e-9) for row in rows]  # a tail of one axis is that axis
+        [(1, False), (2, True), (3, True)]
     """
     # The model stands as the reference: its scores are computed once, and kept for all ranks.
     probe = ScoreProbe({"model": model}, clean, sigmas, generator, kinds=(kind,), batch_size=batch_size)
@@ -127,7 +135,7 @@ def minimal_ranks(rows: Sequence[Mapping[str, Any]], tol: float = 0.1) -> list[d
     """The smallest rank that does about as well as full rank, for each level and number of modes (Fig. 10B).
 
     Args:
-        rows: with modes, rank, axes, sigma, mean; full rank among them.
+        rows: with modes (how many were asked for), rank, axes, sigma, mean; full rank among them.
         tol: the unexplained share may be (1 + tol) times that of full rank.
 
     Returns:
@@ -135,6 +143,13 @@ def minimal_ranks(rows: Sequence[Mapping[str, Any]], tol: float = 0.1) -> list[d
 
     Raises:
         ValueError: if full rank was not measured.
+
+    Example:
+        >>> course = ((4, 4, 0.3), (16, 16, 0.105), ("full", 64, 0.1))
+        >>> names = ("modes", "sigma", "rank", "axes", "mean")
+        >>> rows = [dict(zip(names, (1, 2.0, *point))) for point in course]
+        >>> minimal_ranks(rows)
+        [{'sigma': 2.0, 'modes': 1, 'rank': 16, 'axes': 16, 'mean': 0.105}]
     """
     found: list[dict[str, Any]] = []
     for sigma, modes in dict.fromkeys((row["sigma"], row["modes"]) for row in rows):
@@ -159,6 +174,13 @@ def equal_error(rows: Sequence[Mapping[str, Any]], sigma: float, share: float) -
     Returns:
         Rows with modes, in increasing order, and axes, the fewest that reach the share; the fewest measured
         where those are enough. Numbers of modes that do not reach it are left out.
+
+    Example:
+        >>> course = ((4, 4, 0.3), (16, 16, 0.105), ("full", 64, 0.1))
+        >>> names = ("modes", "sigma", "rank", "axes", "mean")
+        >>> rows = [dict(zip(names, (1, 2.0, *point))) for point in course]
+        >>> [(row["modes"], round(row["axes"], 1)) for row in equal_error(rows, sigma=2.0, share=0.2)]
+        [(1, 6.8)]
     """
     found: list[dict[str, Any]] = []
     for modes in sorted({row["modes"] for row in rows if row["sigma"] == sigma}):

@@ -118,7 +118,7 @@ def score_field(
         denoiser: whose score.
         plane: of images of its event shape, on its device.
         uv: coordinates, (n, 2).
-        sigma: noise level, one for all.
+        sigma: noise level, one for all, a number or 0-d.
         class_labels: one class for all points, an integer of shape () or a one-hot row.
         batch_size: points in one evaluation.
 
@@ -129,6 +129,14 @@ def score_field(
 
     Raises:
         ValueError: as the denoiser.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(3), 1.0)
+        >>> plane = Plane.through(torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
+        >>> row = score_field(gaussian, plane, torch.tensor([[1.0, 1.0]]), sigma=1.0)[0]
+        >>> row["score_u"], row["score_v"], row["inside"]  # -x/(1 + 1)
+        (-0.5, -0.5, True)
     """
     rows: list[dict[str, Any]] = []
     for part, inside in zip(uv.split(batch_size), plane.inside(uv).split(batch_size), strict=True):

@@ -80,6 +80,14 @@ class ScoreProbe:
     Raises:
         ValueError: if there is no reference, query or level, the shares are not equal, or an argument is
             none of the above.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser
+        >>> gaussian, point = (GaussianDenoiser.isotropic(torch.zeros(2), var) for var in (1.0, 0.0))
+        >>> data = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        >>> probe = ScoreProbe({"gaussian": gaussian, "point": point}, data, sigmas=[1.0], kinds=["noised"])
+        >>> [(row["reference"], row["mean"]) for row in probe(gaussian) if row["quantity"] == "score"]
+        [('gaussian', 0.0), ('point', 1.0)]
     """
 
     def __init__(
@@ -255,6 +263,13 @@ def minima(rows: Iterable[Mapping[str, Any]], tol: float = 0.05) -> list[dict[st
 
     Raises:
         ValueError: if a row lacks one of its columns, or a mean is not a number.
+
+    Example:
+        >>> fixed = {"weights": "ema", "sigma": 10.0, "queries": "noised", "reference": "gaussian"}
+        >>> course = [{"step": 100, "mean": 0.1}, {"step": 1000, "mean": 0.4}]
+        >>> row = minima([{**fixed, "quantity": "score", **point} for point in course])[0]
+        >>> row["step"], row["minimum"], row["left"]
+        (100, 0.1, True)
     """
     curves: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for row in rows:

@@ -35,6 +35,13 @@ class Trajectory(NamedTuple):
         levels: the n levels above 0, and 0, float64, (n + 1,).
         x: states at all levels, (n + 1, B, *event_shape); the last is the sample.
         denoised: D(x, sigma) at the levels above 0, (n, B, *event_shape).
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> path = exact_trajectory(gaussian, x, karras_sigmas(18))
+        >>> torch.equal(path.x[-1], path.denoised[-1])
+        True
     """
 
     levels: Tensor
@@ -75,10 +82,20 @@ def solver_trajectory(
         x: states at sigmas[0], (B, *event_shape).
         sigmas: decreasing levels that end in 0, shape (n + 1,).
         solver: calls back once at each level above 0.
-        class_labels: handed to the denoiser.
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+
+    Returns:
+        Levels, states and what was denoised; float64 but for the latter, which is as the denoiser gave it.
 
     Raises:
         ValueError: if the grid does not decrease to 0, or the solver calls back at other levels.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> path = solver_trajectory(gaussian, x, karras_sigmas(18))
+        >>> path.levels.shape, path.x.shape, path.denoised.shape
+        (torch.Size([19]), torch.Size([19, 1, 1]), torch.Size([18, 1, 1]))
     """
     levels = check_sigmas(sigmas)
     states: list[Tensor] = []
@@ -103,7 +120,24 @@ def exact_trajectory(
 ) -> Trajectory:
     """The trajectory of an analytic denoiser: `flow_of` from level to level, in float64.
 
-    Arguments, result and errors as in `solver_trajectory`.
+    Args:
+        denoiser: analytic.
+        x: states at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+
+    Returns:
+        Levels, states and what was denoised, float64.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0, or as the denoiser.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> path = exact_trajectory(gaussian, x, karras_sigmas(18))
+        >>> torch.allclose(path.x[5], gaussian.flow(x.double(), 80.0, path.levels[5]))
+        True
     """
     levels = check_sigmas(sigmas)
     move = flow_of(denoiser, class_labels)  # Eq. 15, or Runge-Kutta
@@ -120,7 +154,27 @@ def exact_trajectory(
 
 @torch.no_grad()
 def exact_sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, class_labels: Tensor | None = None) -> Tensor:
-    """The end of `exact_trajectory`, in one go: (B, *event_shape), float64."""
+    """The end of `exact_trajectory`, in one go.
+
+    Args:
+        denoiser: analytic.
+        x: states at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+
+    Returns:
+        Tensor (B, *event_shape), float64.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0, or as the denoiser.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> whole = exact_trajectory(gaussian, x, karras_sigmas(18))
+        >>> torch.allclose(exact_sample(gaussian, x, karras_sigmas(18)), whole.x[-1])
+        True
+    """
     levels = check_sigmas(sigmas)
     state = flow_of(denoiser, class_labels)(x.double(), levels[0], levels[-2])
     return _denoise(denoiser, state, levels[-2], class_labels)
@@ -129,11 +183,23 @@ def exact_sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, class_labels: Te
 def deviations(trajectory: Trajectory, reference: Trajectory) -> dict[str, Tensor]:
     """Mean squared errors per pixel between two trajectories on one grid.
 
+    Args:
+        trajectory: of n steps and B states.
+        reference: another one from the same states.
+
     Returns:
         "state" (n + 1, B) and "denoised" (n, B), float64.
 
     Raises:
         ValueError: if grids or shapes differ.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> exact = exact_trajectory(gaussian, x, karras_sigmas(18))
+        >>> found = deviations(solver_trajectory(gaussian, x, karras_sigmas(18)), exact)
+        >>> found["state"].shape, found["state"][0].item(), found["state"][-1].item() < 0.01
+        (torch.Size([19, 1]), 0.0, True)
     """
     if not torch.equal(trajectory.levels, reference.levels):
         grids = f"{trajectory.levels.tolist()} and {reference.levels.tolist()}"
@@ -181,11 +247,19 @@ def deviation_rows(sigmas: Sequence[float], found: Mapping[str, Tensor]) -> list
 
 
 def divergence(rows: Sequence[Mapping[str, Any]], bound: float = DIVERGED) -> tuple[int, float] | None:
-    """The first step, and its level, at which the mean of some rows exceeds a bound; None if none does.
+    """The first step at which the mean of some rows exceeds a bound.
 
     Args:
         rows: of one quantity, with step, sigma and mean.
         bound: of the mean squared error per pixel.
+
+    Returns:
+        The step and its level; None if no mean exceeds the bound.
+
+    Example:
+        >>> rows = [{"step": 0, "sigma": 80.0, "mean": 0.0}, {"step": 1, "sigma": 40.0, "mean": 0.02}]
+        >>> divergence(rows)
+        (1, 40.0)
     """
     above = [(row["step"], row["sigma"]) for row in rows if row["mean"] > bound]
     return min(above, default=None)
@@ -203,13 +277,23 @@ def check_trajectory(
 
     Args:
         denoiser: analytic.
-        x: a few states at sigmas[0]: the adaptive steps are those of all of them together.
+        x: a few states at sigmas[0], (B, *event_shape): the adaptive steps are those of all of them together.
         sigmas: decreasing levels that end in 0, shape (n + 1,).
-        class_labels: handed to the denoiser.
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
         tol: of DOP853, relative and absolute.
 
     Returns:
-        n + 1 numbers.
+        n + 1 numbers, in units of the data.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0, or as the denoiser.
+        RuntimeError: if DOP853 cannot meet the tolerance.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> max(check_trajectory(gaussian, x, karras_sigmas(5))) < 1e-5
+        True
     """
     ours = exact_trajectory(denoiser, x, sigmas, class_labels)
     states: list[Tensor] = []
@@ -232,6 +316,9 @@ def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Pai
         first: (N,), N >= 2.
         second: (N,).
         level: of the t interval of the mean difference.
+
+    Returns:
+        Mean, interval and p-value of first - second.
 
     Raises:
         ValueError: if they are not pairs, there are fewer than two, or the level is not in (0, 1).

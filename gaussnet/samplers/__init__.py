@@ -4,6 +4,7 @@ from gaussnet.samplers.adams import deis, ipndm, pndm
 from gaussnet.samplers.choosing import Skip, TeleportCost, find_sigma_skip, teleport_cost
 from gaussnet.samplers.dpm_v3 import dpm_v3
 from gaussnet.samplers.exponential import dpmpp_2m, dpmpp_3m, unipc
+from gaussnet.samplers.flows import flow_of, runge_kutta
 from gaussnet.samplers.inpainting import inpainting_start
 from gaussnet.samplers.model_statistics import ModelStatistics, compute_ems
 from gaussnet.samplers.optimised import optimised_sigmas
@@ -11,7 +12,7 @@ from gaussnet.samplers.reference import dop853
 from gaussnet.samplers.schedules import karras_sigmas, log_snr_sigmas, rounded_sigmas, vp_sigmas
 from gaussnet.samplers.solvers import ddim, dpmpp_2s, edm_stochastic, euler, heun
 from gaussnet.samplers.stepping import Callback, History, Solver, count_nfe
-from gaussnet.samplers.teleport import afs, flow_of, runge_kutta, teleport, warm_start
+from gaussnet.samplers.teleport import afs, teleport, warm_start
 
 SOLVERS: dict[str, Solver] = {
     "euler": euler,

@@ -55,17 +55,18 @@ def dpm_v3(
     It corrects the state that goes on, not the one that was evaluated. The coefficients are computed on the
     host in each step, for one event. Without history the first step is of order 1.
 
-    Reference: Zheng et al. 2023, arXiv 2310.13268. Further arguments, result and errors as in `dpmpp_2m`.
+    Reference: Zheng et al. 2023, arXiv 2310.13268.
 
     Args:
         denoiser: any denoiser.
-        x: state at sigmas[0].
-        sigmas: decreasing levels that end in 0.
+        x: state at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
         statistics: of this denoiser, from `compute_ems`; they must span the levels above 0.
-        class_labels: handed to the denoiser.
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
         callback: called once a step, with the predicted state.
         history: (sigma, x, denoised) above sigmas[0], newest last; within the levels of the statistics, too.
-        dtype: of the state.
+            The newest order - 1 are used.
+        dtype: of the state, float64 for EDM's precision; default: that of x. The denoiser gets that of x.
         order: p of the predictor, 1 to 3; 2 is the safer with few steps.
         corrector: "same" corrects with the output at the end of the step in place of the oldest one, of order
             p, and leaves steps of order 1; "pseudo" with one output more, by `pseudo`'s rule, of order 2;
@@ -74,16 +75,20 @@ def dpm_v3(
             those of the polynomial: of order 2 at most, where p = 3 is unstable with very few steps.
         lower_order_final: the last steps are of order min(p, number of steps left).
 
+    Returns:
+        The state at 0, of the shape of x, in the dtype of the state.
+
     Raises:
-        ValueError: further if there are no statistics, they do not span the levels or fit the shape of x, or
-            the corrector is unknown.
+        ValueError: if the grid does not decrease to 0, the history does not lead down to it, there are no
+            statistics, they do not span the levels or fit the shape of x, or order or corrector are unknown.
 
     Example:
-        >>> from gaussnet import GaussianDenoiser, log_snr_sigmas
-        >>> from gaussnet.samplers import compute_ems, dpm_v3
-        >>> model = GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), var=0.25)
-        >>> statistics = compute_ems(model, torch.randn(64, 1, 2, 2) / 2, log_snr_sigmas(60))
-        >>> images = dpm_v3(model, 80 * torch.randn(4, 1, 2, 2), log_snr_sigmas(8), statistics=statistics)
+        >>> from gaussnet import GaussianDenoiser, compute_ems, log_snr_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> data = torch.randn(256, 1, generator=torch.Generator().manual_seed(0))
+        >>> statistics = compute_ems(gaussian, data, log_snr_sigmas(30), n=256)
+        >>> round(dpm_v3(gaussian, x, log_snr_sigmas(5), statistics=statistics).item(), 2)  # exactly: 1
+        1.0
     """
     levels = check_sigmas(sigmas)
     check_order(order, 3)

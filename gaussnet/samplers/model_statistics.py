@@ -65,6 +65,13 @@ class ModelStatistics:
 
     Raises:
         ValueError: if the levels do not increase from above 0, or a table is not finite or of another shape.
+
+    Example:
+        >>> sigmas = torch.tensor([0.01, 1.0, 100.0])
+        >>> zero = torch.zeros(3, 1)
+        >>> statistics = ModelStatistics(sigmas, l=1 + zero, s=zero, b=zero)  # l = 1: that f is -D alone
+        >>> statistics.residual(torch.tensor([[3.0]]), denoised=torch.tensor([[2.0]]), sigma=1.0)
+        tensor([[-2.]])
     """
 
     sigmas: Tensor
@@ -122,7 +129,11 @@ class ModelStatistics:
         return ModelStatistics(torch.cat([self.sigmas[kept], self.sigmas.new_tensor([sigma_max])]), *tables)
 
     def check_levels(self, levels: Sequence[float]) -> None:
-        """Raises a ValueError if a level lies outside of the table, but for rounding."""
+        """Refuses levels outside of the table, but for rounding.
+
+        Raises:
+            ValueError: if there is one.
+        """
         low, high = float(self.sigmas[0]), float(self.sigmas[-1])
         outside = [level for level in levels if not low * (1 - 1e-6) <= level <= high * (1 + 1e-6)]
         if outside:
@@ -131,7 +142,7 @@ class ModelStatistics:
             )
 
     def residual(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-        """What l leaves of the ODE: f = (1 - l) x - D."""
+        """What l leaves of the ODE: f = (1 - l) x - D, of the shape of x, (B, *event_shape)."""
         return as_factor(1 - self._spline(-math.log(sigma))[0], x) * x - denoised
 
     def step(
@@ -225,8 +236,8 @@ def compute_ems(
         denoiser: any denoiser that has forward-mode derivatives in x and sigma. (One that rounds sigma hides
             its dependence on it.)
         data: clean samples (N, *event_shape) on the device and in the dtype of the denoiser.
-        sigmas: the levels of the table, in any order; a 0, as at the end of a grid, is left out. They must
-            span the grids of the sampler. 60 from 0.002 to 80, even in log sigma, resolve smooth statistics.
+        sigmas: the levels of the table, (m,), in any order; a 0, as at the end of a grid, is left out. They
+            must span the sampler's grids. 60 from 0.002 to 80, even in log sigma, resolve smooth statistics.
         n: number of noised samples; data are repeated, with other noise, if there are fewer.
         batch_size: how many the denoiser gets at a time.
         generator: draws samples, noise and signs, on its own device.
@@ -238,6 +249,14 @@ def compute_ems(
     Raises:
         ValueError: if the data are no batch of samples, the labels do not fit them, n < 2, or there are not
             two positive levels.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, log_snr_sigmas
+        >>> data = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1), 1.0)
+        >>> statistics = compute_ems(gaussian, data, log_snr_sigmas(9, 0.1, 10.0), n=64)
+        >>> statistics.l[4].item()  # at sigma = 1, where dD/dx = 1/(1 + sigma^2)
+        0.5
     """
     if data.ndim < 2 or not len(data) or not data.is_floating_point():
         raise ValueError(f"expected floating data (N, *event_shape), got {data.dtype} {tuple(data.shape)}")

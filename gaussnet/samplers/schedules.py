@@ -127,13 +127,20 @@ def rounded_sigmas(model: NetworkDenoiser, sigmas: Tensor) -> Tensor:
 
     Args:
         model: its `round_sigma` is asked.
-        sigmas: decreasing levels that end in 0.
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
 
     Returns:
-        float64 grid; shorter than `sigmas` where that is finer than the model's levels.
+        float64 levels (m + 1,) that end in 0; m < n where the grid is finer than the model's levels.
 
     Raises:
         ValueError: if the grid does not decrease to 0.
+
+    Example:
+        >>> from gaussnet import MLP, iDDPMPrecond
+        >>> model = iDDPMPrecond(MLP(4, in_channels=1, out_channels=2, model_channels=8), M=10)  # ten levels
+        >>> rounded = rounded_sigmas(model, karras_sigmas(50, 0.1, 10.0))
+        >>> len(rounded), bool(torch.isin(rounded[:-1].float(), model.u).all())
+        (10, True)
     """
     levels = model.round_sigma(torch.tensor(check_sigmas(sigmas), dtype=torch.float64))
     return torch.unique_consecutive(levels)

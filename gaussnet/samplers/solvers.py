@@ -38,15 +38,21 @@ def euler(
         denoiser: any denoiser.
         x: state at sigmas[0], (B, *event_shape).
         sigmas: decreasing levels that end in 0, shape (n + 1,).
-        class_labels: handed to the denoiser.
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
         callback: called once a step.
         dtype: of the state, float64 for EDM's precision; default: that of x. The denoiser gets that of x.
 
     Returns:
-        The state at 0, of the shape of x.
+        The state at 0, of the shape of x, in the dtype of the state.
 
     Raises:
         ValueError: if the grid does not decrease to 0.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> [round(euler(gaussian, x, karras_sigmas(n, 0.01)).item(), 3) for n in (8, 16, 32)]  # exactly: 1
+        [0.71, 0.853, 0.926]
     """
     levels = check_sigmas(sigmas)
     x, denoise = start(denoiser, x, class_labels, dtype)
@@ -72,7 +78,27 @@ def heun(
 ) -> Tensor:
     """Heun's method as in EDM: order 2, two evaluations a step but for the last, NFE 2n - 1 for n steps.
 
-    Reference: Karras et al. 2022, arXiv 2206.00364, Algorithm 1. Arguments, result and errors as in `euler`.
+    Reference: Karras et al. 2022, arXiv 2206.00364, Algorithm 1.
+
+    Args:
+        denoiser: any denoiser.
+        x: state at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+        callback: called once a step.
+        dtype: of the state, float64 for EDM's precision; default: that of x. The denoiser gets that of x.
+
+    Returns:
+        The state at 0, of the shape of x, in the dtype of the state.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> [round(heun(gaussian, x, karras_sigmas(n, 0.01)).item(), 3) for n in (8, 16, 32)]  # exactly: 1
+        [1.26, 1.05, 1.011]
     """
     return edm_stochastic(
         denoiser, x, sigmas, class_labels=class_labels, callback=callback, dtype=dtype, S_churn=0
@@ -100,24 +126,34 @@ def edm_stochastic(
     Without churn it is `heun`. The defaults are those of EDM for ImageNet-64. Where the denoiser has
     `round_sigma`, the raised levels are rounded by it.
 
-    Reference: Karras et al. 2022, arXiv 2206.00364, Algorithm 2. Further arguments, result and errors as in
-    `euler`.
+    Reference: Karras et al. 2022, arXiv 2206.00364, Algorithm 2.
 
     Args:
         denoiser: any denoiser.
-        x: state at sigmas[0].
-        sigmas: decreasing levels that end in 0.
-        class_labels: handed to the denoiser.
+        x: state at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
         callback: called once a step; its sigma_hat is the raised level, its x the state there.
         generator: draws the noise, on its own device.
-        dtype: of the state.
+        dtype: of the state, float64 for EDM's precision; default: that of x. The denoiser gets that of x.
         S_churn: amount of noise: every level is raised by the factor 1 + min(S_churn / n, sqrt(2) - 1).
         S_min: lowest level that is raised.
         S_max: highest level that is raised.
         S_noise: standard deviation of the noise added, a little above 1 against what denoisers overdo.
 
+    Returns:
+        The state at 0, of the shape of x, in the dtype of the state.
+
     Raises:
         ValueError: if the grid does not decrease to 0, or a constant is negative.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, sigmas = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), karras_sigmas(18)
+        >>> generator, x = torch.Generator().manual_seed(0), torch.full((1000, 1), 80.0)
+        >>> many = edm_stochastic(gaussian, x, sigmas, generator=generator)  # of one state
+        >>> round(many.std().item(), 1), round(heun(gaussian, x, sigmas).std().item(), 1)
+        (1.1, 0.0)
     """
     levels = check_sigmas(sigmas)
     if not all(constant >= 0 for constant in (S_churn, S_min, S_max, S_noise)):
@@ -162,8 +198,27 @@ def dpmpp_2s(
     The second evaluation is half-way in log sigma, and stands for the whole step. The half-way level is not
     on the grid, as in k-diffusion; the published code, and diffusers, count it as a step of its own.
 
-    Reference: Lu et al. 2022, arXiv 2211.01095, Algorithm 1 with r = 1/2. Arguments, result and errors as in
-    `euler`.
+    Reference: Lu et al. 2022, arXiv 2211.01095, Algorithm 1 with r = 1/2.
+
+    Args:
+        denoiser: any denoiser.
+        x: state at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+        callback: called once a step.
+        dtype: of the state, float64 for EDM's precision; default: that of x. The denoiser gets that of x.
+
+    Returns:
+        The state at 0, of the shape of x, in the dtype of the state.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas
+        >>> gaussian, x = GaussianDenoiser.isotropic(torch.zeros(1), 1.0), torch.tensor([[80.0]])
+        >>> [round(dpmpp_2s(gaussian, x, karras_sigmas(n, 0.01)).item(), 3) for n in (8, 16, 32)]  # exact: 1
+        [0.914, 0.977, 0.994]
     """
     levels = check_sigmas(sigmas)
     x, denoise = start(denoiser, x, class_labels, dtype)

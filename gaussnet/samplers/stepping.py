@@ -33,7 +33,30 @@ History = Sequence[tuple[float, Tensor, Tensor]]
 
 
 class Solver(Protocol):
-    """A function that takes the state at sigmas[0] to the state at 0."""
+    """A function that takes the state at sigmas[0] to the state at 0.
+
+    Args:
+        denoiser: any denoiser.
+        x: state at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+        callback: called with a dict at each step: x, i, sigma, sigma_hat, denoised.
+        dtype: in which the state is kept and returned; default: that of x.
+
+    Returns:
+        The state at 0, of the shape of x.
+
+    Raises:
+        ValueError: if the grid does not decrease to 0.
+
+    Example:
+        >>> from gaussnet import GaussianDenoiser, karras_sigmas, teleport
+        >>> def at_once(denoiser, x, sigmas, *, class_labels=None, callback=None, dtype=None):
+        ...     return denoiser(x, sigmas[0], class_labels)  # to the mean of what x may be
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1), 1.0)
+        >>> at_once(gaussian, *teleport(gaussian, torch.tensor([[80.0]]), karras_sigmas(18), sigma_skip=1.0))
+        tensor([[0.7071]])
+    """
 
     def __call__(
         self,
@@ -86,6 +109,12 @@ def count_nfe(denoiser: nn.Module) -> Generator[Callable[[], int]]:
     """Counts the evaluations of a denoiser; of one that holds a network, those of the network.
 
     A model whose gate is closed therefore counts for nothing.
+
+    Args:
+        denoiser: whose forward calls are counted: the network's, where it has one in `model`.
+
+    Yields:
+        A function that tells the number of calls so far.
 
     Example:
         >>> from gaussnet import GaussianDenoiser, heun, karras_sigmas

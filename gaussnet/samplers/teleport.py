@@ -8,30 +8,23 @@ Two refinements turn skipping into speed. *Regrid*: spend `steps` steps on a new
 jump down, rather than what is left of the old one. *History*: the trajectory above that level is known, and a
 multistep solver that gets it starts at full order.
 
-A class-conditional Gaussian, a mixture with one component a class, has a closed flow, too, and guidance
-between Gaussians of low rank nearly so (`gaussnet.samplers.guided_flow`). Other mixtures, local and guided
-denoisers have none, but are cheap: their own ODE is solved by the classical Runge-Kutta method in log sigma.
+What other denoisers than a Gaussian jump along stands in `gaussnet.samplers.flows`.
 """
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from gaussnet.covariance import Covariance
-from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser, GuidedDenoiser
-from gaussnet.denoisers.base import class_index
+from gaussnet.denoisers import Denoiser, GaussianDenoiser
 from gaussnet.gate import Gate
-from gaussnet.samplers.guided_flow import Flow, few_dimensions, guided_flow
+from gaussnet.samplers.flows import flow_of
 from gaussnet.samplers.schedules import check_sigmas, karras_sigmas
 from gaussnet.samplers.stepping import History
 
 RHO = 4.0  # of new grids: below a jump's level, EDM's 7 spends too many steps near 0
-_STEPS_PER_OCTAVE = 8  # of the Runge-Kutta method
 
 
 @overload
@@ -98,7 +91,7 @@ def teleport(
             sigma^(1/rho), in place of what is left of the old one.
         rho: of the new grid. Over what is left of the range, EDM's 7 errs more, at 8 or 10 steps by a fifth
             on MNIST (benchmarks/teleport.md).
-        class_labels: for denoisers with classes.
+        class_labels: for denoisers with classes, integers (B,) or one-hot rows (B, classes).
         return_history: whether to return the trajectory just above the new first level, for multistep
             solvers.
 
@@ -146,8 +139,28 @@ def warm_start(
 ) -> tuple[Tensor, Tensor]:
     """The stochastic twin of `teleport`: states drawn at sigma_skip from N(mu, Sigma + sigma_skip^2 I).
 
+    Args:
+        gaussian: fitted to the data of the model that goes on from here.
+        count: number of states.
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
+        sigma_skip: the level of the states, which need not be on the grid; levels below it are kept.
+        steps: a new grid of this many levels from there down, as in `teleport`.
+        rho: of the new grid.
+        generator: draws the states, on the device of the Gaussian.
+
     Returns:
-        States (count, *event_shape), and the grid as of `teleport`, whose arguments and errors these are.
+        States (count, *event_shape) in the dtype of the Gaussian, at least float32, and the grid from there.
+
+    Raises:
+        ValueError: if sigma_skip lies outside of the grid, or steps do not fit.
+
+    Example:
+        >>> from gaussnet import karras_sigmas
+        >>> gaussian = GaussianDenoiser.isotropic(torch.zeros(1), var=9.0)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x, sigmas = warm_start(gaussian, 10_000, karras_sigmas(18), sigma_skip=4.0, generator=generator)
+        >>> round(x.std().item(), 1), round(sigmas[0].item(), 1)  # sqrt(9 + 4^2)
+        (5.0, 4.0)
     """
     rest = grid_from(sigmas, sigma_skip, steps, rho)
     return gaussian.sample(count, sigma_skip, generator), rest
@@ -174,14 +187,20 @@ def afs(x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     The rival of `teleport`. Reference: Dockhorn et al. 2022, arXiv 2210.05475, section 3.
 
     Args:
-        x: state at sigmas[0].
-        sigmas: decreasing levels that end in 0.
+        x: state at sigmas[0], (B, *event_shape).
+        sigmas: decreasing levels that end in 0, shape (n + 1,).
 
     Returns:
-        The state at sigmas[1], and the grid from there on.
+        The state at sigmas[1], of the shape of x, and the grid from there on, (n,).
 
     Raises:
-        ValueError: if the grid has a single step.
+        ValueError: if the grid does not decrease to 0, or has a single step.
+
+    Example:
+        >>> from gaussnet import karras_sigmas
+        >>> x, sigmas = afs(torch.tensor([[80.0]]), karras_sigmas(18))
+        >>> round(x.item(), 1), round(sigmas[0].item(), 1)  # at the second level, without the model
+        (57.6, 57.6)
     """
     levels = check_sigmas(sigmas)
     if len(levels) < 3:
@@ -189,107 +208,6 @@ def afs(x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     sigma, sigma_next = levels[:2]
     denoised = x / (1 + sigma**2)
     return x + (sigma_next - sigma) * (x - denoised) / sigma, sigmas[1:]
-
-
-def flow_of(denoiser: Denoiser, class_labels: Tensor | None = None) -> Flow:
-    """The trajectory of a denoiser's probability-flow ODE: (x, sigma_from, sigma_to) to the state there.
-
-    In closed form for a Gaussian and for one Gaussian a class. Of guidance from such to an unconditional
-    Gaussian, both of low rank, by `guided_flow`: a linear ODE that is solved once for all samples. Else by
-    the classical Runge-Kutta method in log sigma, 32 evaluations an octave.
-    """
-    if isinstance(denoiser, GaussianDenoiser):
-        return denoiser.flow
-    cond = denoiser
-    if isinstance(denoiser, GuidedDenoiser) and isinstance(denoiser.uncond, GaussianDenoiser):
-        cond = denoiser.cond
-        if isinstance(cond, GaussianDenoiser) and few_dimensions(cond, denoiser.uncond):
-            return guided_flow(cond, denoiser.uncond, denoiser.w)
-    if isinstance(cond, GaussianMixtureDenoiser) and class_labels is not None:
-        known = cond.component_labels
-        if known is not None and len(known.unique()) == len(known):
-            return _flow_by_class(denoiser, cond, known, class_labels)
-
-    def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
-        return runge_kutta(denoiser, x, sigma_from, sigma_to, class_labels)
-
-    return move
-
-
-def runge_kutta(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma_from: float,
-    sigma_to: float,
-    class_labels: Tensor | None = None,
-    steps: int | None = None,
-) -> Tensor:
-    """The classical method of order 4 for dx/dlog sigma = x - D(x, sigma), in float64.
-
-    Args:
-        denoiser: any denoiser.
-        x: state at sigma_from.
-        sigma_from: its level.
-        sigma_to: the level to reach, > 0, above or below.
-        class_labels: for denoisers with classes.
-        steps: of equal size in log sigma; default: eight an octave.
-
-    Returns:
-        The state at sigma_to, in the dtype of x.
-
-    Raises:
-        ValueError: if a level is not positive, or steps < 1.
-    """
-    if not (0 < sigma_from < math.inf and 0 < sigma_to < math.inf):
-        raise ValueError(f"expected finite levels > 0, got {sigma_from} and {sigma_to}")
-    octaves = abs(math.log2(sigma_to / sigma_from))
-    steps = math.ceil(octaves * _STEPS_PER_OCTAVE) if steps is None else steps
-    if steps < (octaves > 0):
-        raise ValueError(f"expected steps >= 1, got {steps}")
-    step = math.log(sigma_to / sigma_from) / max(steps, 1)
-    state = x.double()
-
-    def slope(state: Tensor, log_sigma: float) -> Tensor:
-        sigma = torch.full(x.shape[:1], math.exp(log_sigma), dtype=torch.float64, device=x.device)
-        return state - denoiser(state, sigma, class_labels)
-
-    for i in range(steps):
-        start = math.log(sigma_from) + i * step
-        first = slope(state, start)
-        second = slope(state + step / 2 * first, start + step / 2)
-        third = slope(state + step / 2 * second, start + step / 2)
-        fourth = slope(state + step * third, start + step)
-        state = state + step / 6 * (first + 2 * (second + third) + fourth)
-    return state.to(x.dtype)
-
-
-def _flow_by_class(
-    denoiser: Denoiser, mixture: GaussianMixtureDenoiser, known: Tensor, class_labels: Tensor
-) -> Flow:
-    """Of a mixture with one Gaussian a class, or of guidance to it: each sample by the flow of its own."""
-
-    @cache
-    def flow_of_class(label: int) -> Flow:
-        k = int((known == label).nonzero())
-        rank = int(mixture.ranks[k])
-        eigvecs, eigvals = mixture.eigvecs[k, :rank].mT, mixture.eigvals[k, :rank]
-        one = GaussianDenoiser(mixture.means[k], Covariance(eigvecs, eigvals, mixture.tails[k]))
-        if isinstance(denoiser, GuidedDenoiser):
-            return flow_of(GuidedDenoiser(one, denoiser.uncond, denoiser.w))
-        return one.flow
-
-    def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
-        index = class_index(class_labels, tuple(x.shape[:1]), known)
-        moved = torch.empty_like(x)
-        for label in index.unique().tolist():
-            mine = index == label
-            if label < 0:  # of no class: the whole mixture
-                moved[mine] = runge_kutta(denoiser, x[mine], sigma_from, sigma_to)
-            else:
-                moved[mine] = flow_of_class(label)(x[mine], sigma_from, sigma_to).to(x.dtype)
-        return moved
-
-    return move
 
 
 def _target(
