@@ -1,7 +1,9 @@
 """`gaussnet reproduce`: an experiment of the paper on a model, as a table, a figure and a reading.
 
-gaussnet reproduce score-deviation --model DIR --data DATA --out DIR
-accelerate launch --no_python gaussnet reproduce modes-ranks --model DIR --data DATA --out DIR
+    gaussnet reproduce score-deviation --model DIR --data DATA --out DIR
+    accelerate launch --no_python gaussnet reproduce modes-ranks --model DIR --data DATA --out DIR
+
+What lies in the folder already is not measured again; processes share the work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""`gaussnet sample`: images by seeds, as PNG files or one npz, resumable and shared by processes.
+"""`gaussnet sample`: images by seeds, as PNG files or one npz.
 
-gaussnet sample MODEL --solver unipc --steps 8 --teleport auto --seeds 0-63 --out DIR
-gaussnet sample MODEL --solver dpm_v3 --statistics FILE.safetensors --statistics-from DATA --out DIR
-accelerate launch --no_python gaussnet sample MODEL --seeds 0-49999 --out DIR
+    gaussnet sample MODEL --solver unipc --steps 8 --teleport auto --seeds 0-63 --out DIR
+    gaussnet sample MODEL --solver dpm_v3 --statistics FILE.safetensors --statistics-from DATA --out DIR
+    accelerate launch --no_python gaussnet sample MODEL --seeds 0-49999 --out DIR
+
+Only what a folder lacks is drawn, so that the same command resumes; processes share the seeds.
 """
 
 from __future__ import annotations

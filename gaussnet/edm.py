@@ -51,7 +51,7 @@ class EDMPrecond(BypassPrecond):
         sigma_min: float = 0.0,
         sigma_max: float = math.inf,
     ) -> None:
-        if not 0 < sigma_data < float("inf"):
+        if not 0 < sigma_data < math.inf:
             raise ValueError(f"expected a finite sigma_data > 0, got {sigma_data}")
         if event_shape is None:
             event_shape = image_shape(network)

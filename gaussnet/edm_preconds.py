@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussnet.hub import build, describe
-from gaussnet.network_denoiser import NetworkDenoiser, image_shape
+from gaussnet.network_denoiser import NetworkDenoiser, check_channels, image_shape
 from gaussnet.numerics import Sigma, as_level, as_sigma, expand_as_event, result_dtype
 from gaussnet.schedules import Time, VPSchedule
 
@@ -63,14 +63,7 @@ class NoisePrecond(NetworkDenoiser):
         if event_shape is None:
             event_shape = image_shape(network)
         self._event_shape = torch.Size(event_shape)
-        channels = self._event_shape[0]
-        for name, expected in (("in_channels", channels), ("out_channels", channels * self.output_multiple)):
-            got = getattr(network, name, expected)
-            if got != expected:
-                raise ValueError(
-                    f"{type(self).__name__}: expected a network with {name}={expected} for events of shape "
-                    f"{tuple(self._event_shape)}, got {name}={got}"
-                )
+        check_channels(network, self._event_shape, 1, self.output_multiple, f" in {type(self).__name__}")
         self.model = network
 
     @property

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from gaussnet.model_card import CARD, tell
 from gaussnet.version import __version__
 
 if TYPE_CHECKING:
@@ -53,34 +54,6 @@ class Rebuildable(Protocol):
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> nn.Module: ...
 
-
-CARD = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-A denoiser D(x, sigma) = E[x_0 | x_0 + sigma n = x], made with gaussnet
-(Wang and Vastola, [arXiv 2412.09726](https://arxiv.org/abs/2412.09726)).
-
-```python
-import gaussnet
-
-model = gaussnet.from_pretrained("{{ repo_id | default("path or id of this repository", true) }}")
-denoised = model(x, sigma)  # x of shape {{ shape }}
-```
-
-| | |
-|---|---|
-{% for name, value in facts.items() -%}
-| {{ name }} | {{ value }} |
-{% endfor %}
-{%- for name, text in provenance.items() %}
-## {{ name }}
-
-{{ text }}
-{% endfor -%}
-"""
 
 _REGISTRY: dict[str, type[Rebuildable]] = {}
 
@@ -154,19 +127,6 @@ def record(data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, A
     digest = hashlib.sha256(text.encode()).hexdigest()
     facts = json.loads(json.dumps(dict(data), default=_number))
     return {"data": facts, "arguments": json.loads(text), "arguments_sha256": digest}
-
-
-def tell(value: Any) -> str:
-    """An entry of a provenance in Markdown: mappings of numbers and words as a table, texts as they are."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping) and not any(isinstance(part, Mapping) for part in value.values()):
-        rows = [
-            f"| {key} | {part if isinstance(part, str) else json.dumps(part)} |"
-            for key, part in value.items()
-        ]
-        return "\n".join(["| | |", "|---|---|", *rows])
-    return f"```json\n{json.dumps(value, indent=2)}\n```"
 
 
 def _number(value: Any) -> Any:

@@ -59,7 +59,7 @@ class MeasuredError(LevelTable):
         denoiser: GaussianDenoiser | GaussianMixtureDenoiser,
         heldout: Data,
         sigmas: Sequence[float] | Tensor | None = None,
-        n_queries: int = 2048,
+        n_queries: int | None = None,
         generator: torch.Generator | None = None,
         *,
         labels: Tensor | None = None,
@@ -71,7 +71,8 @@ class MeasuredError(LevelTable):
             denoiser: the base.
             heldout: samples (n, *event_shape), or an iterable of batches.
             sigmas: increasing noise levels of the table; default: 31 from 0.002 to 100, evenly in log.
-            n_queries: noised samples at each level. Fewer samples get several noises each.
+            n_queries: noised samples at each level; default: 2048, of more than 1024 dimensions fewer, down
+                to 256. Fewer samples get several noises each.
             generator: draws samples and noise.
             labels: integer classes (n,), for a denoiser with classes.
             other: what the base is blended with; default: the isotropic denoiser of the same mean and
@@ -88,6 +89,8 @@ class MeasuredError(LevelTable):
             sigmas = torch.logspace(-2.7, 2, 31, dtype=torch.float64)
         levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         buffer = next(denoiser.buffers())
+        if n_queries is None:
+            n_queries = min(2048, max(256, _NUMBERS // denoiser.event_shape.numel()))
         clean, classes = subsample(heldout, n_queries, labels, generator)
         repeats = -(-n_queries // len(clean))
         clean = clean.to(buffer.device).repeat(repeats, *(1,) * (clean.ndim - 1))
@@ -135,4 +138,5 @@ class MeasuredError(LevelTable):
         return table
 
 
+_NUMBERS = 2**21  # at a level, of which a mean square is known well enough
 _TINY = torch.finfo(torch.float32).tiny

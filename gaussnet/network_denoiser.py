@@ -65,6 +65,24 @@ class NetworkDenoiser(Denoiser):
         return self.model(inputs, noise_labels, class_labels, **extra).to(inputs.dtype)
 
 
+def check_channels(
+    network: nn.Module, event_shape: tuple[int, ...], inputs: int, outputs: int, options: str = ""
+) -> None:
+    """Refuses a network whose channels are not so many times those of an event; `options` ask for them.
+
+    Raises:
+        ValueError: if it has others.
+    """
+    for name, multiple in (("in_channels", inputs), ("out_channels", outputs)):
+        expected = multiple * event_shape[0]
+        got = getattr(network, name, expected)
+        if got != expected:
+            raise ValueError(
+                f"expected a network with {name}={expected} for events of shape "
+                f"{tuple(event_shape)}{options}, got {name}={got}"
+            )
+
+
 def check_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """The range of noise levels of a network.
 

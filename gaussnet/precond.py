@@ -42,7 +42,7 @@ from gaussnet.fit.streams import Data
 from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import build, describe
 from gaussnet.measured import MeasuredError
-from gaussnet.network_denoiser import NetworkDenoiser, check_range, range_arguments
+from gaussnet.network_denoiser import NetworkDenoiser, check_channels, check_range, range_arguments
 from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, level_dtype, result_dtype
 
 Centre = Literal["pixel", "channel"]
@@ -100,47 +100,16 @@ class BypassPrecond(NetworkDenoiser):
         sigma_max: float = math.inf,
     ) -> None:
         super().__init__()
-        channels = gaussian.event_shape[0]
         shown = show_gaussian * (1 + (marginals is not None))
-        for name, expected in (("in_channels", channels * (1 + shown)), ("out_channels", channels)):
-            got = getattr(network, name, expected)
-            if got != expected:
-                raise ValueError(
-                    f"expected a network with {name}={expected} for events of shape "
-                    f"{tuple(gaussian.event_shape)} and show_gaussian={show_gaussian}"
-                    f"{', with marginals' * (marginals is not None)}, got {name}={got}"
-                )
+        told = f" and {show_gaussian=}{', with marginals' * (marginals is not None)}"
+        check_channels(network, gaussian.event_shape, 1 + shown, 1, told)
         if not float(gaussian.variance) > 0:
             raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
         if base not in get_args(Base):
             raise ValueError(f"expected base to be one of {', '.join(get_args(Base))}, got {base!r}")
         if centre not in get_args(Centre):
             raise ValueError(f"expected centre to be one of {', '.join(get_args(Centre))}, got {centre!r}")
-        if isinstance(gaussian, GaussianMixtureDenoiser):
-            if error is None:
-                raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
-            if whiten:
-                raise ValueError("expected whiten=False with a mixture, which has no one covariance")
-            if gaussian.component_labels is not None and getattr(network, "label_dropout", 0):
-                raise ValueError(
-                    "expected a network with label_dropout=0 in a class-conditional base, got "
-                    f"{network.label_dropout}: drop labels before the model, where both of them see it"
-                )
-        if (base == "marginal") != (marginals is not None):
-            raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
-        if marginals is not None:
-            if error is None or not isinstance(gaussian, GaussianDenoiser):
-                raise ValueError(
-                    "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
-                    f"got a {type(gaussian).__name__} and error={error}"
-                )
-            if error.other not in ("", MarginalDenoiser.__name__):
-                raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
-            if marginals.event_shape != gaussian.event_shape:
-                shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
-                raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
-        elif error is not None and error.other == MarginalDenoiser.__name__:
-            raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")
+        _check_parts(network, gaussian, base, whiten, marginals, error)
         if not 0 <= gate_tol < 1:
             raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
         if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):
@@ -332,7 +301,7 @@ class BypassPrecond(NetworkDenoiser):
         return torch.where(g < self.gate_tol, 0, g)
 
     def _share(self, level: Tensor, g: Tensor) -> Tensor:
-        """G w, the isotropic share of the base; shape of the level."""
+        """The share of the base that is not the Gaussian's, g w; shape of the level."""
         if self.base == "gaussian":
             return torch.zeros_like(level)
         if self.base == "isotropic":
@@ -342,11 +311,8 @@ class BypassPrecond(NetworkDenoiser):
             return g * self.error.best_share(level)
         noise = level**2
         if self.error is not None:
-            w = (
-                self.error.error(level, torch.zeros_like(level), self.gaussian.variance.to(level.dtype))
-                / noise
-            )
-            return g * w.clamp(max=1)
+            own = self.error.error(level, torch.zeros_like(level), self.gaussian.variance.to(level.dtype))
+            return g * (own / noise).clamp(max=1)
         cov = self._covariance
         return g * cov.trace(lambda lam: lam / (lam + noise[..., None]), level.dtype) / cov.dim
 
@@ -411,3 +377,39 @@ class BypassPrecond(NetworkDenoiser):
             described = options.get(name)  # older models do not tell of marginals
             options[name] = None if described is None else build(described)
         return cls(**options)
+
+
+def _check_parts(
+    network: nn.Module,
+    gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
+    base: Base,
+    whiten: bool,
+    marginals: Marginals | None,
+    error: MeasuredError | None,
+) -> None:
+    """Raises a ValueError unless the parts of a base make one."""
+    if isinstance(gaussian, GaussianMixtureDenoiser):
+        if error is None:
+            raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
+        if whiten:
+            raise ValueError("expected whiten=False with a mixture, which has no one covariance")
+        if gaussian.component_labels is not None and getattr(network, "label_dropout", 0):
+            raise ValueError(
+                "expected a network with label_dropout=0 in a class-conditional base, got "
+                f"{network.label_dropout}: drop labels before the model, where both of them see it"
+            )
+    if (base == "marginal") != (marginals is not None):
+        raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
+    if marginals is not None:
+        if error is None or not isinstance(gaussian, GaussianDenoiser):
+            raise ValueError(
+                "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
+                f"got a {type(gaussian).__name__} and error={error}"
+            )
+        if error.other not in ("", MarginalDenoiser.__name__):
+            raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
+        if marginals.event_shape != gaussian.event_shape:
+            shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
+            raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
+    elif error is not None and error.other == MarginalDenoiser.__name__:
+        raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")

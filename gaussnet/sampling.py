@@ -11,6 +11,7 @@ of a seed, image by image.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def choose_jump(
         gaussian = model.gaussian
     if sigma_skip is None and isinstance(model, BypassPrecond) and model.gate is not None:
         level = model.gate.closes(max(GATE_TOL, model.gate_tol))
-        if level < float("inf"):
+        if level < math.inf:
             sigma_skip = level
     if sigma_skip is None:
         sigmas = karras_sigmas(18) if sigmas is None else sigmas
@@ -145,7 +146,7 @@ def sample_seeds(
     if statistics is not None and "statistics" not in takes:
         raise ValueError(f"expected statistics for dpm_v3 alone, got some for {solver}")
     fixed = {} if statistics is None else {"statistics": statistics}
-    highest = float("inf") if statistics is None else float(statistics.sigmas[-1])
+    highest = math.inf if statistics is None else float(statistics.sigmas[-1])
     denoiser = model if guidance == 1 else GuidedDenoiser(model, model, guidance)
     event_shape = tuple(model.event_shape)
     device = next((t.device for part in (model.parameters(), model.buffers()) for t in part), None)

@@ -91,7 +91,8 @@ class VPSchedule(Schedule):
     def time(self, noise_level: Time) -> Tensor:
         integral = torch.log1p(_as_time(noise_level) ** 2)  # (sigma/alpha)^2 = exp(b) - 1
         # The smaller root of beta_d t^2 / 2 + beta_min t = integral, without cancellation.
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.beta_d * integral))
+        sum_of_roots = self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.beta_d * integral)
+        return 2 * integral / sum_of_roots.clamp_min(torch.finfo(integral.dtype).tiny)  # of beta_min = 0: 0/0
 
     def _integral(self, t: Time) -> Tensor:
         t = _as_time(t)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
-from gaussnet.hub import tell
+from gaussnet.model_card import tell
 from gaussnet.precond import BypassPrecond
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -9,7 +9,7 @@ import torch
 from cases import randn
 from torch import Tensor, distributed, multiprocessing
 
-from gaussnet import GaussianDenoiser
+from gaussnet import GaussianDenoiser, MarginalDenoiser
 from gaussnet.fit import fit_covariance, fit_moments
 from gaussnet.fit.streams import process_sum
 
@@ -44,6 +44,12 @@ def denoiser(share: Any, **arguments: Any) -> Any:
     return [size, fitted.mean, fitted.covariance.eigvals, fitted.covariance.tail, fitted(x, 0.3)]
 
 
+def marginal(share: Any, **arguments: Any) -> Any:
+    """Its Gaussian, which has to be that of all shares, too."""
+    gaussian = MarginalDenoiser.fit(share if isinstance(share, Tensor) else list(share), **arguments).gaussian
+    return [gaussian.mean, gaussian.covariance.eigvals]
+
+
 def refused(share: Any, **arguments: Any) -> Any:
     with pytest.raises(TypeError, match="one process's share of them"):
         fit_covariance(share, **arguments)
@@ -67,6 +73,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int, int], slice], dict[str
     "sample eigenvalues": (denoiser, unequal, {"shrinkage": "none", "rank": 5}),
     "oas": (denoiser, unequal, {"shrinkage": "oas"}),
     "cosine": (denoiser, striped, {"basis": "cosine"}),
+    "marginal": (marginal, striped, {"mirror": True}),
     "cosine, mirrored": (denoiser, striped, {"basis": "cosine", "mirror": True}),
     "cosine, unequal": (denoiser, unequal, {"basis": "cosine"}),
 }

@@ -136,6 +136,16 @@ def test_perturbations_reach_the_sample_scaled_by_the_gain(name: str) -> None:
     torch.testing.assert_close(flow.propagate(first, t), gain * first)
 
 
+def test_a_vp_process_that_begins_without_noise_begins_at_time_0() -> None:
+    schedule = VPSchedule(beta_min=0.0)
+    levels = torch.tensor([0.0, 1e-3, 1.0, 100.0], dtype=torch.float64)
+    times = schedule.time(levels)
+    assert float(times[0]) == 0
+    torch.testing.assert_close(schedule.sigma(times) / schedule.alpha(times), levels)
+    x = torch.ones(1, 1, 2, 3, dtype=torch.float64)
+    assert GaussianFlow(gaussian(3), schedule).rotation(x, 1.0, 0.5).isfinite().all()
+
+
 def test_rotation_misses_exactly_its_remainder() -> None:
     """Eq. 22, 104, 108, with alpha_T next to 0."""
     base = gaussian(DIM)

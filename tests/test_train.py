@@ -37,6 +37,7 @@ TINY = [
     "network.arguments.dropout=0.1",
     "fit.components=[3]",
     "fit.gate_queries=64",
+    "fit.error_queries=64",
     "ema.halflife_kimg=[0.1,0.02]",
     "probe.sigmas=[0.1,1,10]",
     "probe.share=10",
@@ -112,7 +113,7 @@ def test_run_writes_everything_it_promises(complete: Path) -> None:
     assert {row["reference"] for row in probes} == {"isotropic", "gaussian", "marginal", "mixture-3", "delta"}
     assert {row["weights"] for row in probes} == {"raw", "ema"}
     assert {row["queries"] for row in probes} == {"noised", "noise"}
-    assert len(probes) == 4 * 2 * 3 * 2 * 4 * 2
+    assert len(probes) == 4 * 2 * 3 * 2 * 5 * 2
     with (complete / "heldout.csv").open(newline="") as file:
         heldout = list(csv.DictReader(file))
     assert {(row["step"], row["weights"]) for row in heldout} == {

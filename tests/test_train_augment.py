@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from scipy import ndimage
 from torch import Tensor
 
-from train.augment import GROUPS, SYM6, Options, Parameters, apply, draw, label_dim
+from train.augment import GROUPS, AugmentConfig, Parameters, apply, draw, label_dim
+from train.warp import SYM6
 
 GEOMETRIC = ("scale", "rotate_frac", "aniso", "translate_frac")
 RGB = ("lumaflip", "hue", "saturation")
@@ -40,36 +41,36 @@ def on_pixels(function: Callable[[np.ndarray, np.ndarray], np.ndarray], height: 
     return torch.as_tensor(function(x, y))[None, None]
 
 
-def given(count: int = 1, options: Options | None = None, **values: Any) -> Parameters:
+def given(count: int = 1, options: AugmentConfig | None = None, **values: Any) -> Parameters:
     """Parameters by hand; groups that are not named are off, unless options are given."""
     on = {name: 1.0 for name in values if name in GROUPS}
-    nothing = draw(count, Options(p=0), generator())
+    nothing = draw(count, AugmentConfig(p=0), generator())
     tensors = {
         name: torch.as_tensor(value).expand_as(getattr(nothing, name)) for name, value in values.items()
     }
-    return replace(nothing, options=options or Options(p=1, **on), **tensors)
+    return replace(nothing, options=options or AugmentConfig(p=1, **on), **tensors)
 
 
 # Labels and probabilities
 
 
 def test_number_of_labels() -> None:
-    assert label_dim(Options()) == 0
-    assert label_dim(Options.default_set()) == 9
-    assert label_dim(Options(**ALL)) == 19
-    for options in (Options(), Options.default_set(), Options(**ALL)):
+    assert label_dim(AugmentConfig()) == 0
+    assert label_dim(AugmentConfig.default_set()) == 9
+    assert label_dim(AugmentConfig(**ALL)) == 19
+    for options in (AugmentConfig(), AugmentConfig.default_set(), AugmentConfig(**ALL)):
         images, labels = apply(noise(5, 3, 6, 6), draw(5, options, generator()))
         assert images.shape == (5, 3, 6, 6)
         assert labels.shape == (5, label_dim(options))
         assert labels.dtype == torch.float32
     for group, count in GROUPS.items():
-        assert label_dim(Options(**{group: 0.5})) == count
+        assert label_dim(AugmentConfig(**{group: 0.5})) == count
 
 
 def test_default_set_is_edms() -> None:
-    options = Options.default_set()
+    options = AugmentConfig.default_set()
     assert options.on() == ["xflip", "yflip", "scale", "rotate_frac", "aniso", "translate_frac"]
-    assert (options.p, Options.default_set(0.15).p) == (0.12, 0.15)
+    assert (options.p, AugmentConfig.default_set(0.15).p) == (0.12, 0.15)
     stds = (options.scale_std, options.rotate_frac_max, options.aniso_std, options.aniso_rotate_prob)
     assert (*stds, options.translate_frac_std) == (0.2, 1, 0.2, 0.5, 0.125)
     colours = (options.brightness_std, options.contrast_std, options.hue_max, options.saturation_std)
@@ -84,7 +85,7 @@ CHANGED = {"xflip": 1 / 2, "yflip": 1 / 2, "rotate_int": 3 / 4, "lumaflip": 1 / 
 def test_probabilities(p: float, strength: float) -> None:
     count = 20_000
     strengths = {group: strength * (1 + index / 2) for index, group in enumerate(GROUPS)}
-    parameters = draw(count, Options(p=p, **strengths), generator())
+    parameters = draw(count, AugmentConfig(p=p, **strengths), generator())
     for group in GROUPS:
         hit = (getattr(parameters, group).reshape(count, -1) != 0).all(1)
         expected = min(p * strengths[group], 1) * CHANGED.get(group, 1)
@@ -96,7 +97,7 @@ def test_probabilities(p: float, strength: float) -> None:
 
 def test_distributions() -> None:
     count, error = 20_000, 5 / math.sqrt(20_000)
-    options = Options(p=1, **ALL, aniso_rotate_prob=1, rotate_frac_max=0.5, hue_max=0.25)
+    options = AugmentConfig(p=1, **ALL, aniso_rotate_prob=1, rotate_frac_max=0.5, hue_max=0.25)
     parameters = draw(count, options, generator())
     for name in ("scale", "aniso", "translate_frac", "brightness", "contrast", "saturation"):
         values = getattr(parameters, name)
@@ -116,7 +117,7 @@ def test_distributions() -> None:
 
 
 def test_draw_is_a_function_of_the_generator() -> None:
-    options = Options.default_set()
+    options = AugmentConfig.default_set()
     state = torch.get_rng_state()
     first, again, other = (draw(64, options, generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -132,12 +133,12 @@ def test_draw_is_a_function_of_the_generator() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("options", "shape"), [
-    (Options.default_set(), (3, 9, 12)),
-    (Options(p=0.03, **ALL), (3, 8, 8)),
-    (replace(Options.default_set(), brightness=1, contrast=1, translate_int=1), (1, 8, 11)),
+    (AugmentConfig.default_set(), (3, 9, 12)),
+    (AugmentConfig(p=0.03, **ALL), (3, 8, 8)),
+    (replace(AugmentConfig.default_set(), brightness=1, contrast=1, translate_int=1), (1, 8, 11)),
 ])  # fmt: skip
 def test_labels_of_zeros_are_the_identity(
-    options: Options, shape: tuple[int, ...], dtype: torch.dtype
+    options: AugmentConfig, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     images = noise(200, *shape, dtype=dtype)
     before = images.clone()
@@ -157,7 +158,7 @@ def test_labels_of_zeros_are_the_identity(
 @pytest.mark.parametrize("width", [10, 15])
 def test_slices_of_a_batch_are_augmented_as_the_whole(width: int, dtype: torch.dtype) -> None:
     images = noise(37, 3, 10, width, dtype=dtype)
-    options = Options(p=0.4, **(ALL | {"rotate_int": float(width == 10)}))
+    options = AugmentConfig(p=0.4, **(ALL | {"rotate_int": float(width == 10)}))
     parameters = draw(37, options, generator())
     whole, labels = apply(images, parameters)
     parts = [slice(0, 1), slice(1, 18), slice(18, 37)]
@@ -194,7 +195,7 @@ def test_quarter_turns() -> None:
 def test_shifts_by_whole_pixels(top: float) -> None:
     height, width = 16, 24
     images, draws = noise(6, 2, height, width), noise(6, 2).float()
-    options = Options(p=1, translate_int=1, translate_int_max=top)
+    options = AugmentConfig(p=1, translate_int=1, translate_int_max=top)
     moved, labels = apply(images, given(6, options, translate_int=draws))
     for image, (u, v), result, label in zip(images, draws.tolist(), moved, labels, strict=True):
         right, up = round(u * top * width), round(v * top * height)
@@ -262,11 +263,13 @@ def brute_force(image: np.ndarray, matrix: np.ndarray, shift: np.ndarray, margin
 def test_resampling_is_the_brute_force(
     groups: tuple[str, ...], height: int, width: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    options = Options(p=1, scale_std=0.5, aniso_std=0.6, translate_frac_std=0.4, **dict.fromkeys(groups, 1.0))
+    options = AugmentConfig(
+        p=1, scale_std=0.5, aniso_std=0.6, translate_frac_std=0.4, **dict.fromkeys(groups, 1.0)
+    )
     parameters = draw(6, options, generator())
     images = noise(6, 2, height, width)
     result, _ = apply(images.to(dtype), parameters)
-    off = draw(6, Options(p=0), generator())
+    off = draw(6, AugmentConfig(p=0), generator())
     named = replace(off, options=options, aniso_angle=parameters.aniso_angle)
     named = replace(named, **{group: getattr(parameters, group) for group in groups})
     for row in range(6):
@@ -276,7 +279,7 @@ def test_resampling_is_the_brute_force(
 
 
 def test_geometric_labels() -> None:
-    images, options = noise(50, 1, 6, 7), Options(p=0.7, **dict.fromkeys(GEOMETRIC, 1.0))
+    images, options = noise(50, 1, 6, 7), AugmentConfig(p=0.7, **dict.fromkeys(GEOMETRIC, 1.0))
     parameters = draw(50, options, generator())
     _, labels = apply(images, parameters)
     p = parameters
@@ -295,7 +298,7 @@ def test_rotation_by_quarter_turns_is_rot90(turns: int) -> None:
 
 def test_translation_by_whole_pixels_moves_every_pixel_right_and_down() -> None:
     image = noise(1, 3, 9, 14)
-    options = Options(p=1, translate_frac=1, translate_frac_std=1)
+    options = AugmentConfig(p=1, translate_frac=1, translate_frac_std=1)
     moved, _ = apply(image, given(options=options, translate_frac=[5 / 14, -2 / 9]))
     wide = np.pad(image[0].numpy(), ((0, 0), (8, 8), (8, 8)), mode="reflect")
     np.testing.assert_allclose(moved[0].numpy(), wide[:, 8 + 2 : 17 + 2, 8 - 5 : 22 - 5], atol=1e-5)
@@ -350,7 +353,7 @@ def test_the_inverse_transform_gives_the_image_back(
 
 def test_shrinking_does_not_alias() -> None:
     stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 32, 32)
-    options = Options(p=1, scale=1, scale_std=1)
+    options = AugmentConfig(p=1, scale=1, scale_std=1)
     smaller, _ = apply(stripes, given(options=options, scale=-1.0))
     assert smaller[..., 8:24, 8:24].abs().max() < 0.05
 
@@ -358,7 +361,7 @@ def test_shrinking_does_not_alias() -> None:
 # Colours
 
 
-def colour_matrices(group: str, value: float, o: Options) -> np.ndarray:
+def colour_matrices(group: str, value: float, o: AugmentConfig) -> np.ndarray:
     """The affine map of RGB, (4, 4)."""
     grey, eye = np.zeros((4, 4)), np.eye(4)
     grey[:3, :3] = 1 / 3  # v v' for the grey axis v = (1, 1, 1) / sqrt 3
@@ -454,26 +457,28 @@ def test_values_of_edm() -> None:
 
 def test_options_come_from_yaml() -> None:
     text = "{p: 0.15, xflip: 1.0e+8, yflip: 1, scale: 1, rotate_frac: 1, aniso: 1, translate_frac: 1}"
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(text)))
-    assert options == Options.default_set(0.15)
+    options = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(AugmentConfig), OmegaConf.create(text))
+    )
+    assert options == AugmentConfig.default_set(0.15)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Options)])
+@pytest.mark.parametrize("name", [field.name for field in fields(AugmentConfig)])
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_impossible_options(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"augment\.{name}: expected .* got {value}"):
-        Options(**{name: value})
+        AugmentConfig(**{name: value})
 
 
 def test_options_at_their_limits() -> None:
     with pytest.raises(ValueError, match=r"aniso_rotate_prob: expected <= 1, got 1\.5"):
-        Options(aniso_rotate_prob=1.5)
+        AugmentConfig(aniso_rotate_prob=1.5)
     with pytest.raises(ValueError, match="translate_int_max: expected > 0, got 0"):
-        Options(translate_int_max=0)
+        AugmentConfig(translate_int_max=0)
 
 
 def test_bad_images() -> None:
-    parameters = draw(2, Options(p=0, **ALL), generator())
+    parameters = draw(2, AugmentConfig(p=0, **ALL), generator())
     with pytest.raises(TypeError, match=r"float32 or float64 images .* got torch\.uint8"):
         apply(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), parameters)
     with pytest.raises(ValueError, match=r"shape \(2, C, H, W\).* got \(3, 3, 4, 4\)"):
@@ -484,6 +489,6 @@ def test_bad_images() -> None:
         apply(torch.zeros(2, 3, 4, 6), parameters)
     for group in RGB:
         with pytest.raises(ValueError, match=f"{group}: expected images of 3 channels, got 1"):
-            apply(torch.zeros(2, 1, 4, 4), draw(2, Options(**{group: 1.0}), generator()))
+            apply(torch.zeros(2, 1, 4, 4), draw(2, AugmentConfig(**{group: 1.0}), generator()))
     with pytest.raises(TypeError, match="slice of the batch, got int"):
         parameters[0]  # type: ignore[index]

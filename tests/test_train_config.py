@@ -79,6 +79,7 @@ def test_every_config_trains(path: Path, precond: str, tmp_path: Path) -> None:
             "fit.rank=8",
             "fit.components=[2]",
             "fit.gate_queries=8",
+            "fit.error_queries=8",
             "network.arguments.model_channels=4",
             "network.arguments.num_blocks=1",
             "train.steps=3",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussnet import EDMPrecond
-from train.augment import Options
+from train.augment import AugmentConfig
 from train.config import Config, LossConfig
 from train.configfile import load_config
 from train.data import Data, batch_indices, load_data
@@ -123,7 +123,7 @@ def test_labels_are_those_of_the_images_and_dropped_at_their_rate() -> None:
 
 def test_augmented_images_come_with_their_labels() -> None:
     config, data = setting("augment.p=0.5", "augment.scale=1", "augment.yflip=1")
-    assert isinstance(config.augment, Options)
+    assert isinstance(config.augment, AugmentConfig)
     drawn, plain, asked = batch(config, data), batch(*setting()), Recorder()
     assert drawn.augment_labels is not None
     assert drawn.augment_labels.shape == (64, 2)

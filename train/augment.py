@@ -23,13 +23,8 @@ Thirteen groups of transforms, each drawn with probability min(group * p, 1), ar
 Labels and their order are those of EDM, whose networks can thus be trained on. Groups that are switched off
 have no labels. A row of zeros is an image that comes back exactly as it was.
 
-The geometric groups are one affine map of the plane, resampled without aliasing: the image, reflected at its
-edges, is doubled in size by the orthogonal low-pass filter sym6, sampled there bilinearly, and halved by the
-adjoint of the doubling, which is also its left inverse. A reflected image of n pixels has period 2 (n - 1),
-so one period is all that is doubled.
-
-Resampling and colours are sums of products, element by element: TF32, autocast and the size of the batch do
-not touch them, and the slices of a batch are augmented as the whole is.
+The geometric groups are one affine map of the plane, for `train.warp`. It and the colours are sums of
+products, element by element: the slices of a batch are augmented as the whole is.
 """
 
 from __future__ import annotations
@@ -39,18 +34,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
 
 from gaussnet.numerics import wide_dtype
-
-# Low-pass filter of the least asymmetric orthogonal wavelet with 6 vanishing moments (Daubechies, Ten
-# lectures on wavelets, section 6.4; sym6 of PyWavelets). With this phase, pixel i doubles to 2 i.
-SYM6 = (
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
-    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
-    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
-)  # fmt: skip
-_PHASE = 5
+from train.warp import period, reflected, warp
 
 # Labels per group, in the order in which groups are applied and labels are written.
 GROUPS = {
@@ -63,7 +49,7 @@ _RGB_ONLY = ("lumaflip", "hue", "saturation")
 
 
 @dataclass
-class Options:
+class AugmentConfig:
     """Which groups are on, how often and how strongly; by default all are off.
 
     A group's probability is min(group * p, 1). Standard deviations of sizes, contrast and saturation are in
@@ -109,7 +95,7 @@ class Options:
             raise ValueError("augment.translate_int_max: expected > 0, got 0 (translate_int=0 is off)")
 
     @classmethod
-    def default_set(cls, p: float = 0.12) -> Options:
+    def default_set(cls, p: float = 0.12) -> AugmentConfig:
         """EDM's set for CIFAR-10 (p = 0.12) and FFHQ / AFHQv2 (p = 0.15): 9 labels.
 
         Every second image is mirrored left to right, whatever p > 0.
@@ -128,7 +114,7 @@ class Parameters:
     Normal and uniform numbers are as drawn, before standard deviations; angles are in radians.
     """
 
-    options: Options
+    options: AugmentConfig
     xflip: Tensor  # (B,) 0 or 1, as yflip and lumaflip
     yflip: Tensor
     rotate_int: Tensor  # (B,) quarter turns, anticlockwise
@@ -154,12 +140,12 @@ class Parameters:
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
 
-def label_dim(options: Options) -> int:
+def label_dim(options: AugmentConfig) -> int:
     """The number of labels per image, which a network takes as its `augment_dim`."""
     return sum(GROUPS[group] for group in options.on())
 
 
-def draw(count: int, options: Options, generator: torch.Generator) -> Parameters:
+def draw(count: int, options: AugmentConfig, generator: torch.Generator) -> Parameters:
     """Draws the parameters of a batch; a group's numbers do not depend on which other groups are on.
 
     Args:
@@ -233,7 +219,7 @@ def apply(images: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
 
     images = _blit(images, parameters, on)
     if any(group in on for group in _GEOMETRIC):
-        images = _warp(images, parameters, on)
+        images = _deform(images, parameters, on)
     images = _recolour(images, parameters, on)
     return images, _labels(parameters, on, height, width).to(images.device)
 
@@ -282,25 +268,14 @@ def _blit(images: Tensor, parameters: Parameters, on: list[str]) -> Tensor:
     if "translate_int" in on:
         height, width = images.shape[2:]
         right, up = _pixels(parameters, height, width).to(images.device).unbind(1)
-        x = _reflected(torch.arange(width, device=images.device) - right[:, None], width)  # (B, W)
-        y = _reflected(torch.arange(height, device=images.device) + up[:, None], height)  # (B, H)
+        x = reflected(torch.arange(width, device=images.device) - right[:, None], width)  # (B, W)
+        y = reflected(torch.arange(height, device=images.device) + up[:, None], height)  # (B, H)
         images = images.gather(3, x[:, None, None, :].expand_as(images))
         images = images.gather(2, y[:, None, :, None].expand_as(images))
     return images
 
 
-def _period(size: int) -> int:
-    """After how many pixels a reflected image repeats; its edges are not doubled."""
-    return max(2 * size - 2, 1)
-
-
-def _reflected(index: Tensor, size: int) -> Tensor:
-    """The pixel of 0..size - 1 that lies at any index of the reflected image."""
-    index = index % _period(size)
-    return torch.minimum(index, _period(size) - index)
-
-
-def _warp(images: Tensor, parameters: Parameters, on: list[str]) -> Tensor:
+def _deform(images: Tensor, parameters: Parameters, on: list[str]) -> Tensor:
     """The geometric groups. Images that none of them moves are left alone, not resampled."""
     moved = [getattr(parameters, group).unsqueeze(-1).flatten(1) for group in _GEOMETRIC if group in on]
     rows = torch.cat(moved, dim=1).any(dim=1).nonzero()[:, 0]
@@ -309,7 +284,7 @@ def _warp(images: Tensor, parameters: Parameters, on: list[str]) -> Tensor:
     height, width = images.shape[2:]
     matrix, shift = (part[rows].to(images) for part in _source(parameters, on, height, width))
     rows = rows.to(images.device)
-    return images.index_copy(0, rows, _resample(images[rows], matrix, shift))
+    return images.index_copy(0, rows, warp(images[rows], matrix, shift))
 
 
 def _source(parameters: Parameters, on: list[str], height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -334,7 +309,7 @@ def _source(parameters: Parameters, on: list[str], height: int, width: int) -> t
     shift = torch.zeros(len(p), 2, dtype=wide, device=device)
     if "translate_frac" in on:
         shift = p.translate_frac.to(wide) * (o.translate_frac_std * shape)
-    periods = torch.tensor([_period(width), _period(height)], dtype=wide, device=device)
+    periods = torch.tensor([period(width), period(height)], dtype=wide, device=device)
     first = (shape - 1) / 2 - (matrix @ shift[:, :, None])[:, :, 0]  # in pixels
     return matrix / periods[:, None], first / periods
 
@@ -343,49 +318,6 @@ def _rotation(angle: Tensor) -> Tensor:
     """Matrices (B, 2, 2) that turn x to y, clockwise on the screen; sources turn so if images turn back."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))
-
-
-def _resample(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    height, width = images.shape[2:]
-    fine = _double(_double(images).mT).mT  # (B, C, 2 periods + 1, 2 periods + 1)
-    x, y = (_fine_positions(size, images) for size in (width, height))
-    source = [
-        (matrix[:, i, 0, None, None] * x + matrix[:, i, 1, None, None] * y[:, None]) + shift[:, i, None, None]
-        for i in (0, 1)
-    ]
-    grid = torch.stack(source, dim=-1).remainder(1) * 2 - 1  # (B, 2 H + 10, 2 W + 10, 2), one period: -1..1
-    fine = grid_sample(fine, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return _halve(_halve(fine).mT).mT
-
-
-def _fine_positions(size: int, like: Tensor) -> Tensor:
-    """Positions of the half pixels that `_halve` needs, from the centre of `size` pixels."""
-    half = torch.arange(-_PHASE, 2 * size + len(SYM6) - _PHASE - 2, device=like.device)
-    return half.to(like.dtype) / 2 - (size - 1) / 2
-
-
-def _double(x: Tensor) -> Tensor:
-    """One reflected period at half pixels, and its first again: fine_j = sum_i h_(j - 2 i + 5) x_i."""
-    mirrored = x[..., _reflected(torch.arange(_period(x.shape[-1]), device=x.device), x.shape[-1])]
-    even, odd = (
-        _weighted(SYM6[parity::2], [mirrored.roll(d, -1) for d in range(first, first + 6)])
-        for parity, first in ((1, -2), (0, -3))  # h_(2 d + 5) with j = 2 (i + d), h_(2 d + 6) with 1 more
-    )
-    fine = torch.stack([even, odd], dim=-1).flatten(-2)
-    return torch.cat([fine, fine[..., :1]], dim=-1)
-
-
-def _halve(fine: Tensor) -> Tensor:
-    """The adjoint of `_double` on rows from half pixel -5 on: x_i = sum_j h_(j - 2 i + 5) fine_j."""
-    count = fine.shape[-1] - len(SYM6) + 1
-    return _weighted(SYM6, [fine[..., k : k + count : 2] for k in range(len(SYM6))])
-
-
-def _weighted(taps: tuple[float, ...], parts: list[Tensor]) -> Tensor:
-    total = taps[0] * parts[0]
-    for tap, part in zip(taps[1:], parts[1:], strict=True):
-        total = total + tap * part
-    return total
 
 
 def _recolour(images: Tensor, parameters: Parameters, on: list[str]) -> Tensor:

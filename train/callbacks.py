@@ -57,12 +57,25 @@ class Run:
 
     def heldout(self, count: int) -> tuple[Tensor, Tensor | None]:
         """This process's part of the first held-out images, on its device, and their one-hot labels."""
-        index = torch.arange(min(count, len(self.data.heldout)))[
-            self.share(min(count, len(self.data.heldout)))
-        ]
-        raw, labels = self.data.heldout[index]
+        count = min(count, len(self.data.heldout))
+        raw, labels = self.data.heldout[torch.arange(count)[self.share(count)]]
         device = self.accelerator.device
         return self.data.heldout.to_float(raw.to(device)), self.data.one_hot(labels.to(device))
+
+    def noise(self, count: int, *key: int | str) -> Tensor:
+        """This process's part of noise for `count` images, on its device; all of it is drawn by the key."""
+        noise = torch.randn(count, *self.data.event_shape, generator=generator_for(self.config.seed, *key))
+        return noise[self.share(count)].to(self.accelerator.device)
+
+    def initial(self, count: int, *key: int | str) -> tuple[Tensor, Tensor | None]:
+        """This process's part of the noise that samples begin with, and one-hot labels of all classes in turn.
+
+        It is of a few more than `count`, so that no process is without any.
+        """
+        world, device = self.accelerator.num_processes, self.accelerator.device
+        count = -(-count // world) * world
+        labels = torch.arange(count)[self.share(count)] % max(self.data.n_classes, 1)
+        return self.noise(count, *key), self.data.one_hot(labels.to(device))
 
 
 class Probes:
@@ -116,13 +129,11 @@ class Heldout:
         options = run.config.heldout
         self.clean, self.labels = run.heldout(options.queries)
         self.count = min(options.queries, len(run.data.heldout))
-        noise = torch.randn(
-            self.count, *run.data.event_shape, generator=generator_for(run.config.seed, "held out")
-        )
-        self.noise = noise[run.share(self.count)].to(self.clean)
+        self.noise = run.noise(self.count, "held out")
         self.bands = mode_bands(run.gaussian, options.bands) if options.bands else []
 
     def due(self, step: int) -> bool:
+        """Whether the error is measured after this step."""
         every = self.run.config.heldout.every
         return every > 0 and (step % every == 0 or step == self.run.config.train.steps)
 
@@ -145,11 +156,11 @@ class Heldout:
             # Relative to the Gaussian's own error, every level weighs the same.
             relative = [
                 error / float(run.gaussian.bayes_error(sigma))
-                for error, sigma in zip(errors, run.config.heldout.sigmas, strict=True)
+                for error, sigma in zip(errors, sigmas, strict=True)
             ]
             rows += [
                 {"step": step, "weights": name, "sigma": sigma, "error": error, "relative": share}
-                for sigma, error, share in zip(run.config.heldout.sigmas, errors, relative, strict=True)
+                for sigma, error, share in zip(sigmas, errors, relative, strict=True)
             ]
         if not run.accelerator.is_main_process:
             return
@@ -230,13 +241,8 @@ class Samples:
     """A picture of samples from fixed noise, with and without teleport."""
 
     def __init__(self, run: Run) -> None:
-        self.run, options = run, run.config.samples
-        world = run.accelerator.num_processes
-        count = -(-options.count // world) * world  # no process without any
-        noise = torch.randn(count, *run.data.event_shape, generator=generator_for(run.config.seed, "samples"))
-        self.noise = noise[run.share(count)].to(run.accelerator.device)
-        labels = torch.arange(count)[run.share(count)] % max(run.data.n_classes, 1)
-        self.labels = run.data.one_hot(labels.to(run.accelerator.device))
+        self.run = run
+        self.noise, self.labels = run.initial(run.config.samples.count, "samples")
 
     def __call__(self, step: int) -> None:
         run, options = self.run, self.run.config.samples

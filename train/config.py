@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from omegaconf import MISSING
 
@@ -18,7 +18,7 @@ from gaussnet.fit.spectrum import SHRINKAGES
 from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet
 from gaussnet.precond import Base, Centre
 from gaussnet.probes import PAPER_SIGMAS
-from train.augment import Options as Augmentation
+from train.augment import AugmentConfig
 
 NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiT, MLP)}
 OF_THE_DATA = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim")
@@ -43,7 +43,7 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
-class BypassBase(Enum):
+class BypassGaussian(Enum):
     """What the bypass is made of."""
 
     gaussian = "gaussian"  # one for all
@@ -86,11 +86,12 @@ class FitConfig:
     shrinkage: str = "cv"
     components: list[int] = field(default_factory=lambda: [10])  # of the mixtures of the probes
     mixture_rank: int | None = 64  # eigenvectors a component
-    max_data: int = 65_536  # images, drawn at random, of mixtures, delta denoiser and gate
-    gate_queries: int = 1024
+    max_data: int = 65_536  # images, drawn at random, of mixtures, marginals, delta denoiser and gate
+    gate_queries: int = 1024  # noised images at each of 25 levels
+    error_queries: int | None = None  # noised held-out images at each of 31; null: as `MeasuredError.fit`
 
     def __post_init__(self) -> None:
-        for name in ("rank", "mixture_rank"):
+        for name in ("rank", "mixture_rank", "error_queries"):
             value = getattr(self, name)
             expect(f"fit.{name}", value, value is None or value >= 1, "null or >= 1")
         expect("fit.shrinkage", self.shrinkage, self.shrinkage in SHRINKAGES, f"one of {SHRINKAGES}")
@@ -126,20 +127,26 @@ class BypassConfig:
     base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around mixtures blend
     centre: str = "pixel"  # about the mean image; or channel: about the mean colour
     whiten: bool = False
-    gaussian: BypassBase = BypassBase.gaussian
+    gaussian: BypassGaussian = BypassGaussian.gaussian
     components: int = 10
 
     def __post_init__(self) -> None:
-        if self.base is None:
-            self.base = "marginal" if self.gaussian is BypassBase.gaussian else "blend"
         bases = get_args(Base)
-        expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
+        expect(
+            "bypass.base", self.base, self.base is None or self.base in bases, f"one of {', '.join(bases)}"
+        )
         centres = get_args(Centre)
         expect("bypass.centre", self.centre, self.centre in centres, f"one of {', '.join(centres)}")
-        one = self.base != "marginal" or self.gaussian is BypassBase.gaussian
+        one = self.base != "marginal" or self.gaussian is BypassGaussian.gaussian
         expect("bypass.base", self.base, one, f"another one with bypass.gaussian={self.gaussian.value}")
         expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
         expect("bypass.components", self.components, self.components >= 1, ">= 1")
+
+    @property
+    def chosen_base(self) -> Base:
+        """That which is named, or the default for what it is around."""
+        default = "marginal" if self.gaussian is BypassGaussian.gaussian else "blend"
+        return cast(Base, self.base or default)
 
 
 @dataclass
@@ -321,7 +328,7 @@ class Config:
     precond: Precond = Precond.bypass
     bypass: BypassConfig = field(default_factory=BypassConfig)
     edm: EDMConfig = field(default_factory=EDMConfig)
-    augment: Augmentation = field(default_factory=Augmentation)  # no group is on by default
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # no group is on by default
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -336,7 +343,7 @@ class Config:
         for key, value in _leaves(self):
             expect(key, value, not isinstance(value, float) or math.isfinite(value), "a finite number")
         expect("seed", self.seed, self.seed >= 0, ">= 0")
-        needs = self.bypass.gaussian is BypassBase.classes or self.loss.label_dropout > 0
+        needs = self.bypass.gaussian is BypassGaussian.classes or self.loss.label_dropout > 0
         expect("data.labels", self.data.labels, self.data.labels or not needs, "true: the run uses classes")
 
 

@@ -34,7 +34,7 @@ from train.frechet import Frechet
 from train.loss import denoising_loss, make_batch
 from train.models import build_network, fit_analytic, fit_wrapping, remember_less, wrap
 from train.optim import Interrupt, learning_rate, zero_bad_gradients
-from train.report import write_report
+from train.report import provenance, write_report
 from train.rundir import RunFolder, files
 from train.writing import RunError, naming, write_atomically
 
@@ -152,12 +152,9 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     )
     losses: list[Tensor] = []
     streak = torch.zeros((), device=device)  # of steps with gradients that were not finite
-    bad_steps, waited, since, began = (
-        torch.zeros((), device=device),
-        0.0,
-        time.perf_counter(),
-        time.perf_counter(),
-    )
+    bad_steps = torch.zeros((), device=device)
+    began = since = time.perf_counter()
+    waited = 0.0
     with Interrupt() as interrupt:
         for step in bar:
             started = time.perf_counter()
@@ -330,27 +327,6 @@ def finite(network: nn.Module) -> bool:
     """Whether all weights are finite."""
     norms = torch._foreach_norm([parameter.detach() for parameter in network.parameters()], torch.inf)
     return bool(torch.stack(norms).isfinite().all())
-
-
-def provenance(config: Config, data: Data, report: str) -> dict[str, Any]:
-    """The numbers of a run, which its model carries."""
-    training, loss = config.train, config.loss
-    return {
-        "data": {"name": data.train.name, "training": len(data.train), "held out": len(data.heldout)},
-        "training": {
-            "steps": training.steps,
-            "images": training.steps * training.batch,
-            "batch": training.batch,
-            "optimizer": training.optimizer,
-            "lr": training.lr,
-            "P_mean, P_std": [loss.P_mean, loss.P_std],
-            "half-life of the average, kimg": config.ema.halflife_kimg[0],
-            "augmentation": ", ".join(config.augment.on()) or "none",
-            "precision": training.precision.value,
-            "seed": config.seed,
-        },
-        "report": report,
-    }
 
 
 def _flat(config: Config) -> dict[str, str]:

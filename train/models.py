@@ -28,9 +28,9 @@ from gaussnet.gate import SIGMAS
 from gaussnet.networks.blocks import UNetBlock
 from gaussnet.networks.dit import DiTBlock
 from gaussnet.networks.mlp import MLPBlock
-from gaussnet.precond import Base, Centre
+from gaussnet.precond import Centre
 from train.augment import apply, draw, label_dim
-from train.config import NETWORKS, BypassBase, Config, ConfigError, Precond
+from train.config import NETWORKS, BypassGaussian, Config, ConfigError, Precond
 from train.data import Data, fit_source, generator_for
 
 
@@ -115,7 +115,7 @@ def some_indices(config: Config, data: Data) -> Tensor:
 
 
 def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Accelerator) -> Wrapping:
-    """The base of the model, with gate and measured error where the configuration asks for them.
+    """The base of the model, with the marginals, measured error and gate that the configuration asks for.
 
     Raises:
         ConfigError: if a fit option does not fit the data.
@@ -128,8 +128,8 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
     images, labels = data.train.to_float(raw).to(device), classes if data.n_classes else None
     groups = None if data.groups is None else data.groups[index]
     base: GaussianDenoiser | GaussianMixtureDenoiser = analytic.gaussian
-    if options.gaussian is not BypassBase.gaussian:
-        by_class = options.gaussian is BypassBase.classes
+    if options.gaussian is not BypassGaussian.gaussian:
+        by_class = options.gaussian is BypassGaussian.classes
         try:
             base = GaussianMixtureDenoiser.fit(
                 images,
@@ -143,7 +143,7 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
         except ValueError as problem:
             raise ConfigError(f"bypass.gaussian: {problem}") from problem
         base = base.to(device)
-    other = analytic.marginal if options.base == "marginal" else None
+    other = analytic.marginal if options.chosen_base == "marginal" else None
     error = None
     if other is not None or base is not analytic.gaussian:
         raw, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
@@ -155,8 +155,9 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
         error = MeasuredError.fit(
             base,
             heldout,
+            n_queries=config.fit.error_queries,
             generator=generator_for(config.seed, "error"),
-            labels=classes if options.gaussian is BypassBase.classes else None,
+            labels=classes if options.gaussian is BypassGaussian.classes else None,
             other=other,
         )
     gate = None
@@ -203,7 +204,7 @@ def build_network(config: Config, data: Data) -> nn.Module:
     plain = _network(config, data, channels)
     if config.precond is not Precond.bypass or not config.bypass.show_gaussian:
         return plain
-    network = _network(config, data, (3 if config.bypass.base == "marginal" else 2) * channels)
+    network = _network(config, data, (3 if config.bypass.chosen_base == "marginal" else 2) * channels)
     weights = plain.state_dict()
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -239,7 +240,7 @@ def wrap(config: Config, network: nn.Module, wrapping: Wrapping) -> BypassPrecon
             wrapping.base,
             wrapping.gate,
             options.show_gaussian,
-            cast(Base, options.base),
+            options.chosen_base,
             centre=cast(Centre, options.centre),
             whiten=options.whiten,
             marginals=wrapping.marginals,

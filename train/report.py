@@ -1,4 +1,4 @@
-"""What a finished run shows: one table, the samples, the learning dynamics."""
+"""What a finished run shows: errors, what teleport costs, samples, learning dynamics; and its model's provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gaussnet import count_nfe, heun, karras_sigmas, plots, teleport
 from train.callbacks import Run, denoising_errors
-from train.data import generator_for
+from train.config import Config
+from train.data import Data
 from train.models import Analytic
 from train.writing import append_csv, read_csv
 
@@ -54,12 +55,10 @@ def error_table(run: Run, analytic: Analytic) -> list[Row]:
     options = run.config.report
     count = min(options.queries, len(run.data.heldout))
     clean, labels = run.heldout(count)
-    mine = run.share(count)
     denoisers = {**analytic.named(), "model": run.average}
     totals = {name: torch.zeros(len(options.sigmas), dtype=torch.float64) for name in denoisers}
     for draw in range(options.draws):
-        generator = generator_for(run.config.seed, "heldout", draw)
-        noise = torch.randn(count, *run.data.event_shape, generator=generator)[mine].to(clean)
+        noise = run.noise(count, "heldout", draw)
         for name, denoiser in denoisers.items():
             totals[name] += denoising_errors(denoiser, clean, noise, options.sigmas, labels).cpu()
     numbers = count * options.draws * run.data.train.event_shape.numel()
@@ -76,12 +75,8 @@ def teleport_table(run: Run) -> tuple[list[Row], dict[str, Tensor]]:
     """NFE and distance to a fine solution per number of skipped steps, and rows of samples to look at."""
     options, model, gaussian = run.config.report, run.average, run.gaussian
     sigmas = karras_sigmas(options.sample_steps)
-    world = run.accelerator.num_processes
-    count = -(-options.samples // world) * world  # no process without any
-    noise = torch.randn(count, *model.event_shape, generator=generator_for(run.config.seed, "initial noise"))
-    start = float(sigmas[0]) * noise[run.share(count)].to(gaussian.mean.device)
-    classes = torch.arange(count)[run.share(count)] % max(run.data.n_classes, 1)
-    labels = run.data.one_hot(classes.to(start.device))
+    noise, labels = run.initial(options.samples, "initial noise")
+    start = float(sigmas[0]) * noise
     fine = heun(model, start, karras_sigmas(options.reference_steps), class_labels=labels)
     rows: list[Row] = []
     samples: dict[int, Tensor] = {}
@@ -92,10 +87,11 @@ def teleport_table(run: Run) -> tuple[list[Row], dict[str, Tensor]]:
         rms = float(cast(Tensor, run.accelerator.gather(square)).mean().sqrt())
         rows.append({"skipped": skip, "sigma_skip": float(sigmas[skip]), "NFE": nfe(), "RMS": rms})
         samples[skip] = ours
+    nfes = {row["skipped"]: row["NFE"] for row in rows}
     rows_of_images = {
         "Gaussian,\nclosed form": gaussian.flow(start, float(sigmas[0]), 0.0),
-        f"model,\n{rows[0]['NFE']} NFE": samples[0],
-        f"teleport,\n{_row(rows, options.picture_skip)['NFE']} NFE": samples[options.picture_skip],
+        f"model,\n{nfes[0]} NFE": samples[0],
+        f"teleport,\n{nfes[options.picture_skip]} NFE": samples[options.picture_skip],
     }
     pictures = {
         name: cast(Tensor, run.accelerator.gather(images.float().contiguous()))[: options.samples].cpu()
@@ -117,5 +113,22 @@ def markdown(rows: list[Row], formats: Mapping[str, str], default: str) -> str:
     return "\n".join(lines)
 
 
-def _row(rows: list[Row], skip: int) -> Row:
-    return next(row for row in rows if row["skipped"] == skip)
+def provenance(config: Config, data: Data, report: str) -> dict[str, Any]:
+    """The numbers of a run, which its model carries."""
+    training, loss = config.train, config.loss
+    return {
+        "data": {"name": data.train.name, "training": len(data.train), "held out": len(data.heldout)},
+        "training": {
+            "steps": training.steps,
+            "images": training.steps * training.batch,
+            "batch": training.batch,
+            "optimizer": training.optimizer,
+            "lr": training.lr,
+            "P_mean, P_std": [loss.P_mean, loss.P_std],
+            "half-life of the average, kimg": config.ema.halflife_kimg[0],
+            "augmentation": ", ".join(config.augment.on()) or "none",
+            "precision": training.precision.value,
+            "seed": config.seed,
+        },
+        "report": report,
+    }

@@ -214,14 +214,14 @@ class RunFolder:
                 checkpoint.rename(damaged)
         if self.metrics.is_file():
             text = self.metrics.read_text(errors="replace")
-            lines = [line for line in text.splitlines() if _step(line) <= step]
+            lines = [line for line in text.splitlines() if _step_of_metrics(line) <= step]
             write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
         for table in self.tables:
             if not table.is_file():
                 continue
             text = table.read_text(errors="replace")
             header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]
-            kept = [row for row in rows if _step_of(row) <= step]
+            kept = [row for row in rows if _step_of_row(row) <= step]
             # Without a row, nothing: a kill, or a full disk, may have cut the header.
             write_atomically(table, "".join(f"{line}\n" for line in [header, *kept] if kept))
 
@@ -247,14 +247,14 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _step(line: str) -> float:
+def _step_of_metrics(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):  # the last line of a killed run
         return float("inf")
 
 
-def _step_of(row: str) -> float:
+def _step_of_row(row: str) -> float:
     step = row.split(",", 1)[0]
     return int(step) if step.isdigit() else float("inf")
 

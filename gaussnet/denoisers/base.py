@@ -87,6 +87,21 @@ class Denoiser(Pretrained, ABC):
         return jacobian_variance(self.posterior_cov(x, sigma, class_labels))
 
 
+def check_samples(data: Tensor, class_labels: Tensor | None) -> None:
+    """Refuses samples (N, *event_shape), and their labels, that no denoiser can be made of.
+
+    Raises:
+        ValueError: if the samples are empty or not finite, or the labels do not fit them.
+    """
+    if data.ndim < 2 or data.numel() == 0:
+        raise ValueError(f"expected data of shape (N, *event_shape) with N >= 1, got {tuple(data.shape)}")
+    if not bool(torch.isfinite(data).all()):
+        raise ValueError("expected finite data, got NaN or infinite values")
+    if class_labels is not None and class_labels.shape != data.shape[:1]:
+        got = tuple(class_labels.shape)
+        raise ValueError(f"expected one class label for each of {len(data)} samples, got shape {got}")
+
+
 def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tensor) -> Tensor:
     """Integer classes from integer labels of shape `batch_shape`, or from one-hot rows.
 

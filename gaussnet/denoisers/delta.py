@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gaussnet.denoisers.base import Denoiser, class_index, other_class
+from gaussnet.denoisers.base import Denoiser, check_samples, class_index, other_class
 from gaussnet.numerics import (
     Sigma,
     as_sigma,
@@ -71,13 +71,7 @@ class DeltaDenoiser(Denoiser):
         self, data: Tensor, class_labels: Tensor | None = None, chunk_size: int | None = None
     ) -> None:
         super().__init__()
-        if data.ndim < 2 or data.shape[0] == 0:
-            raise ValueError(f"expected data of shape (N, *event_shape) with N >= 1, got {tuple(data.shape)}")
-        if not bool(torch.isfinite(data).all()):
-            raise ValueError("expected finite data, got NaN or infinite values")
-        if class_labels is not None and class_labels.shape != data.shape[:1]:
-            got = tuple(class_labels.shape)
-            raise ValueError(f"expected one class label for each of {len(data)} samples, got shape {got}")
+        check_samples(data, class_labels)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"expected chunk_size >= 1, got {chunk_size}")
         self.register_buffer("data", data)
@@ -136,9 +130,8 @@ class DeltaDenoiser(Denoiser):
         first = torch.zeros(*batch_shape, dim, dtype=dtype, device=x.device)
         second = torch.zeros_like(first)
         precision = (1 / variance).to(dtype)
-        memory = (
-            None  # used again for each chunk: new arrays of this size cost time. Gradients keep them all.
-        )
+        # Used again for each chunk: new arrays of this size cost time. Gradients need them all.
+        memory = None
         if dtype == data.dtype and not (flat.requires_grad or variance.requires_grad):
             memory = torch.empty_like(data[:chunk_size])
         for start in range(0, len(data), chunk_size):

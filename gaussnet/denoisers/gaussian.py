@@ -35,6 +35,8 @@ from gaussnet.numerics import (
     wide_dtype,
 )
 
+_TINY = torch.finfo(torch.float32).tiny  # keeps 0 * (0 / 0) at sigma = 0 from being NaN
+
 log: logging.Logger = logging.getLogger(__name__)
 
 
@@ -159,9 +161,8 @@ class GaussianDenoiser(Denoiser):
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         # Wide: where sigma^2 is small, 1/(lam + sigma^2) turns the rounding of U^T u into an error.
         wide = wide_dtype(x.device)
-        return self.filter(lambda lam, level: -1 / (lam + level**2), x, sigma, wide).to(
-            result_dtype(x)
-        )  # Eq. 5
+        score = self.filter(lambda lam, level: -1 / (lam + level**2), x, sigma, wide)  # Eq. 5
+        return score.to(result_dtype(x))
 
     def filter(
         self,
@@ -287,6 +288,3 @@ class GaussianDenoiser(Denoiser):
     def _spectral(self, f: SpectralFunction, u: Tensor) -> Tensor:
         with full_precision(u.device.type):
             return self.covariance.apply(f, u)
-
-
-_TINY = torch.finfo(torch.float32).tiny  # keeps 0 * (0 / 0) at sigma = 0 from being NaN

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from gaussnet.denoisers.base import Denoiser
 from gaussnet.denoisers.gaussian import GaussianDenoiser
-from gaussnet.fit.streams import Data, batches, check_mirror, process_cat, process_sum, subsample
+from gaussnet.fit.streams import Data, batches, check_mirror, check_shape, process_cat, process_sum, subsample
 from gaussnet.hub import build, describe, register
 from gaussnet.numerics import Sigma, as_sigma, check_event, compute_dtype, result_dtype, wide_dtype
 
@@ -139,8 +139,7 @@ class Marginals(nn.Module):
         counts = torch.zeros(dim * len(edges), dtype=torch.float64)
         sums = torch.zeros(3, len(edges), dtype=torch.float64)  # of 1, z, z^2
         for batch, _ in batches(data):
-            if batch.shape[1:] != event_shape:
-                raise ValueError(f"expected samples of one shape, got {event_shape} and {batch.shape[1:]}")
+            check_shape(batch, event_shape)
             values = batch.flatten(1).double().cpu()
             bins = torch.bucketize(values, edges).clamp_max(len(edges) - 1)
             counts += torch.bincount((bins + offset).flatten(), minlength=len(counts))
@@ -263,7 +262,7 @@ class MarginalDenoiser(Denoiser):
 
         Args:
             data: (N, *event_shape), or an iterable of batches that can be gone through several times.
-            gaussian: default: `GaussianDenoiser.fit(data)`, of mirror images, too, if marginals are.
+            gaussian: default: `GaussianDenoiser.fit(data)`, with `mirror` and `all_processes` as for marginals.
             **arguments: of `Marginals.fit`.
 
         Raises:
@@ -271,7 +270,8 @@ class MarginalDenoiser(Denoiser):
             ValueError: as of the two fits, or if event shapes differ.
         """
         if gaussian is None:
-            gaussian = GaussianDenoiser.fit(data, mirror=arguments.get("mirror", False))
+            shared = {name: arguments[name] for name in ("mirror", "all_processes") if name in arguments}
+            gaussian = GaussianDenoiser.fit(data, **shared)
         marginals = Marginals.fit(data, **arguments)
         return cls(gaussian, marginals.to(gaussian.mean))
 

@@ -32,7 +32,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gaussnet.denoisers.base import Denoiser, class_index, other_class
+from gaussnet.denoisers.base import Denoiser, check_samples, class_index, other_class
 from gaussnet.numerics import (
     Sigma,
     as_sigma,
@@ -70,13 +70,7 @@ class LocalDenoiser(Denoiser):
 
     def __init__(self, data: Tensor, class_labels: Tensor | None = None, max_numel: int = 2**20) -> None:
         super().__init__()
-        if data.ndim < 2 or data.numel() == 0:
-            raise ValueError(f"expected data of shape (N, *event_shape) with N >= 1, got {tuple(data.shape)}")
-        if not bool(torch.isfinite(data).all()):
-            raise ValueError("expected finite data, got NaN or infinite values")
-        if class_labels is not None and class_labels.shape != data.shape[:1]:
-            got = tuple(class_labels.shape)
-            raise ValueError(f"expected one class label for each of {len(data)} samples, got shape {got}")
+        check_samples(data, class_labels)
         if max_numel < 1:
             raise ValueError(f"expected max_numel >= 1, got {max_numel}")
         self.register_buffer("data", data)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gaussnet.covariance import CosineCovariance, cosine_matrix
 from gaussnet.fit.solvers import check_fit
-from gaussnet.fit.streams import Data, batches, process_rank, process_sum
+from gaussnet.fit.streams import Data, batches, check_finite, check_shape, process_rank, process_sum
 
 _PART = 2**22  # elements converted to float64 at a time: 32 MB
 
@@ -47,19 +47,13 @@ def fit_cosine(
         if not len(batch):
             continue
         event_shape = pilot.shape if count else batch.shape[1:]
-        if batch.shape[1:] != event_shape:
-            raise ValueError(
-                f"expected samples of one shape, got {tuple(event_shape)} and {tuple(batch.shape[1:])}"
-            )
+        check_shape(batch, event_shape)
+        check_finite(batch, count)
         if batch.is_floating_point():
             dtype = torch.promote_types(dtype, batch.dtype)
         cosines = cosines or [cosine_matrix(size).to(batch.device) for size in event_shape[1:]]
         for images in batch.split(max(1, _PART // event_shape.numel())):
             spectrum = cosines[0] @ images.double() @ cosines[1].mT  # (n, C, H, W)
-            finite = torch.isfinite(spectrum.flatten(1).sum(1))
-            if not bool(finite.all()):
-                bad = count + int((~finite).nonzero()[0])
-                raise ValueError(f"expected finite data, got NaN or infinite values in sample {bad}")
             if not count:
                 pilot = spectrum.mean(0)
                 first, second = torch.zeros_like(pilot), _outer(torch.zeros_like(pilot))

@@ -23,8 +23,10 @@ from gaussnet.fit import levels
 from gaussnet.fit.streams import (
     Data,
     batches,
+    check_finite,
     check_labels,
     check_mirror,
+    check_shape,
     process_rank,
     process_sum,
 )
@@ -201,11 +203,9 @@ def fit_moments(
     found = [sums[k].moments() for k in sorted(sums)]
     if all_processes:
         # Every process must take part for every fold, with a share of nothing where it has no sample of it.
-        event_shape = next(iter(sums.values())).event_shape
-        found = [
-            (sums[k].moments() if k in sums else _nothing(event_shape, found[0])).all_reduce()
-            for k in range(folds)
-        ]
+        zero = torch.zeros_like
+        nothing = replace(found[0], count=0, mean=zero(found[0].mean), scatter=zero(found[0].scatter))
+        found = [(sums[k].moments() if k in sums else nothing).all_reduce() for k in range(folds)]
         found = [moments for moments in found if moments.count]
     return [moments.mirrored() for moments in found] if mirror else found
 
@@ -261,11 +261,6 @@ def fit_class_moments(
     return found
 
 
-def _check_folds(folds: int) -> None:
-    if folds < 1:
-        raise ValueError(f"expected folds >= 1, got {folds}")
-
-
 def inner(x: Tensor) -> Tensor:
     """x^T x for rows (n, D): symmetric, so that little more than half of it is computed."""
     dim = x.shape[1]
@@ -279,6 +274,11 @@ def inner(x: Tensor) -> Tensor:
     return out
 
 
+def _check_folds(folds: int) -> None:
+    if folds < 1:
+        raise ValueError(f"expected folds >= 1, got {folds}")
+
+
 def _accumulate(data: Data, bin_of: Callable[[int, Tensor, Any], Tensor]) -> dict[int, _Sums]:
     """Sums of each bin; `bin_of` gets the first sample's index, a batch and its labels."""
     sums: dict[int, _Sums] = {}
@@ -287,10 +287,7 @@ def _accumulate(data: Data, bin_of: Callable[[int, Tensor, Any], Tensor]) -> dic
         if not len(batch):
             continue
         event_shape = event_shape or batch.shape[1:]
-        if batch.shape[1:] != event_shape:
-            raise ValueError(
-                f"expected samples of one shape, got {tuple(event_shape)} and {tuple(batch.shape[1:])}"
-            )
+        check_shape(batch, event_shape)
         flat = batch.flatten(1)
         bins = bin_of(seen, batch, labels)
         for start in range(0, len(flat), levels.ROWS):
@@ -308,10 +305,7 @@ def _accumulate(data: Data, bin_of: Callable[[int, Tensor, Any], Tensor]) -> dic
                     centred = torch.empty(part.shape, dtype=torch.float64, device=part.device)
                 rows = torch.sub(part, pilot, out=centred[: len(part)])  # memory used again costs no time
                 if not bool(torch.isfinite(rows.sum())):
-                    bad = int((~torch.isfinite(flat).all(1)).nonzero()[0])  # the pilot has seen all of them
-                    raise ValueError(
-                        f"expected finite data, got NaN or infinite values in sample {seen + bad}"
-                    )
+                    check_finite(flat, seen)  # of the whole batch: the pilot has seen all of it
                 rows = rows.div_(levels.STEP) if exact else rows
             for k in part_bins.unique().tolist():
                 if k not in sums:
@@ -322,16 +316,6 @@ def _accumulate(data: Data, bin_of: Callable[[int, Tensor, Any], Tensor]) -> dic
     if not sums:
         raise ValueError("expected at least one sample, got none")
     return sums
-
-
-def _nothing(event_shape: torch.Size, like: Moments) -> Moments:
-    return replace(
-        like,
-        count=0,
-        mean=torch.zeros_like(like.mean),
-        scatter=torch.zeros_like(like.scatter),
-        event_shape=event_shape,
-    )
 
 
 class _Sums:

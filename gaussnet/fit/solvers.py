@@ -26,13 +26,13 @@ from torch import Tensor
 
 from gaussnet.fit.krylov import NEGLIGIBLE, Rows, krylov_axes
 from gaussnet.fit.moments import Moments, fit_moments, fold_members, inner, merge_all
-from gaussnet.fit.streams import Data, as_tensor, batches, check_mirror
+from gaussnet.fit.streams import Data, as_tensor, batches, check_finite, check_mirror
 
 SOLVERS = ("auto", "dense", "gram", "krylov")
 _LARGE = 2500  # min(N, D) from which a few axes are cheaper to find by iteration
 _FEW = 8  # and the smallest ratio of it to their number
+_HUGE = 12_288  # min(N, D) from which a square matrix costs gigabytes and many minutes
 _TOLERANCE = 0.03  # residual of iterated axes: the last few may still turn, at no cost in variance
-_HUGE = 12_288  # and from which a square matrix costs gigabytes and many minutes
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -154,6 +154,25 @@ def solve(
     if mirror:
         samples, members = torch.cat([samples, samples.flip(-1)]), members.repeat(2)
     return _solve_gram(samples, members, rank)
+
+
+def check_fit(count: int, mean: Tensor, total: Tensor, rank: int | None) -> None:
+    """Refuses what no covariance can be fitted to; `total` is the mean squared distance to the mean.
+
+    Raises:
+        ValueError: as it says.
+    """
+    if count < 2:
+        raise ValueError(f"expected at least 2 samples to fit a covariance, got {count}")
+    largest = min(count - 1, mean.numel())
+    if rank is not None and not 1 <= rank <= largest:
+        raise ValueError(
+            f"expected 1 <= rank <= min(N - 1, D) = {largest} "
+            f"for {count} samples of {mean.numel()} dimensions, got {rank}"
+        )
+    rounding = 1e-24 * float(mean.square().sum())  # what equal samples leave in float64
+    if not float(total) > rounding:
+        raise ValueError(f"expected data that vary, got {count} samples that are all equal")
 
 
 def _choose(data: Tensor | np.ndarray, rank: int | None, mirror: bool) -> str:
@@ -280,10 +299,7 @@ def as_samples(data: Tensor | np.ndarray) -> Tensor:
         ValueError: naming the first sample that is not finite.
     """
     flat = as_tensor(data).double().flatten(1)
-    finite = torch.isfinite(flat).all(1)
-    if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        raise ValueError(f"expected finite data, got NaN or infinite values in sample {bad}")
+    check_finite(flat)
     return flat
 
 
@@ -329,22 +345,3 @@ def krylov_left_out(
         fold = Rows(data, out, mean, mirror)
         coordinates = fold.project(eigvecs).double()
         yield LeftOut(len(fold), coordinates.square().mean(0), fold.total / len(fold))
-
-
-def check_fit(count: int, mean: Tensor, total: Tensor, rank: int | None) -> None:
-    """Refuses what no covariance can be fitted to; `total` is the mean squared distance to the mean.
-
-    Raises:
-        ValueError: as it says.
-    """
-    if count < 2:
-        raise ValueError(f"expected at least 2 samples to fit a covariance, got {count}")
-    largest = min(count - 1, mean.numel())
-    if rank is not None and not 1 <= rank <= largest:
-        raise ValueError(
-            f"expected 1 <= rank <= min(N - 1, D) = {largest} "
-            f"for {count} samples of {mean.numel()} dimensions, got {rank}"
-        )
-    rounding = 1e-24 * float(mean.square().sum())  # what equal samples leave in float64
-    if not float(total) > rounding:
-        raise ValueError(f"expected data that vary, got {count} samples that are all equal")

@@ -39,6 +39,21 @@ def check_labels(labels: Any, count: int) -> Tensor:
     return labels
 
 
+def check_shape(batch: Tensor, event_shape: torch.Size) -> None:
+    """Raises a ValueError if the samples of a batch have another shape than those before them."""
+    if batch.shape[1:] != event_shape:
+        raise ValueError(
+            f"expected samples of one shape, got {tuple(event_shape)} and {tuple(batch.shape[1:])}"
+        )
+
+
+def check_finite(batch: Tensor, start: int = 0) -> None:
+    """Raises a ValueError that names the first sample with NaN or infinite values, counted from `start`."""
+    if not bool(torch.isfinite(batch).all()):
+        bad = int((~torch.isfinite(batch.flatten(1)).all(1)).nonzero()[0])
+        raise ValueError(f"expected finite data, got NaN or infinite values in sample {start + bad}")
+
+
 def check_mirror(event_shape: torch.Size | tuple[int, ...]) -> None:
     """Refuses to mirror vectors.
 

@@ -10,6 +10,7 @@ Modules bear the names of NVlabs/edm. SongUNet adds the class before W0 and has 
 Reference: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv 2105.05233.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaussnet.networks.blocks import PositionalEmbedding, check_labels, zero_
+from gaussnet.networks.blocks import check_labels, zero_
+from gaussnet.networks.embeddings import PositionalEmbedding
 
 
-class Network(nn.Module):
-    """Base of the networks: their arguments.
+class Network(nn.Module, ABC):
+    """Base of the networks: how they are called, and their arguments.
 
     Args:
         config: The arguments of the subclass as JSON-able values. Among them are in_channels,
@@ -49,6 +51,30 @@ class Network(nn.Module):
         self.label_dim: int = config["label_dim"]
         self.augment_dim: int = config["augment_dim"]
         self.label_dropout: float = config["label_dropout"]
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluates the network, in the dtype of its parameters.
+
+        Args:
+            x: Images (B, in_channels, H, W); an MLP takes events of any shape (B, in_channels, ...).
+            noise_labels: Noise labels ``c_noise`` (B,), or one for the batch, () or (1,).
+            class_labels: One-hot classes (B, label_dim) or class indices (B,); None for all zeros,
+                the unconditional network.
+            augment_labels: Augmentation labels (B, augment_dim); None for all zeros.
+
+        Returns:
+            Of the shape of x, but with out_channels.
+
+        Raises:
+            ValueError: if x or labels have another shape; the message names them.
+        """
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,12 +162,33 @@ def expect(config: Mapping[str, Any], name: str, holds: bool, expected: str) -> 
         raise ValueError(f"{name}: got {config[name]!r}, expected {expected}")
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raises a ValueError that names the first impossible count, label length or probability."""
+def check_config(config: Mapping[str, Any], **choices: tuple[str, ...]) -> None:
+    """Raises a ValueError that names the first impossible choice, count, label length or probability."""
     for name, value in config.items():
-        if name in ("dropout", "label_dropout"):
+        if name in choices:
+            expect(config, name, value in choices[name], f"one of {choices[name]}")
+        elif name in ("dropout", "label_dropout"):
             expect(config, name, 0 <= value <= 1, "a probability")
         elif name in ("label_dim", "augment_dim"):
             expect(config, name, value >= 0, "0 or more")
         elif not isinstance(value, list):
             expect(config, name, value >= 1, "at least 1")
+
+
+def check_levels(config: Mapping[str, Any]) -> int:
+    """What the sizes of a U-Net's images have to be multiples of, after `check_config`.
+
+    Raises:
+        ValueError: if its channels or its resolution do not fit its levels; the message names them.
+    """
+    mults = config["channel_mult"]
+    expect(config, "model_channels", config["model_channels"] % 4 == 0, "a positive multiple of 4")
+    expect(config, "channel_mult", min(mults, default=0) >= 1, "one factor >= 1 a level")
+    multiple = 2 ** (len(mults) - 1)
+    expect(
+        config,
+        "img_resolution",
+        config["img_resolution"] % multiple == 0,
+        f"a positive multiple of {multiple}, for the {len(mults)} levels of channel_mult",
+    )
+    return multiple

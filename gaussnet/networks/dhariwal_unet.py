@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaussnet.hub import register
-from gaussnet.networks.base import EmbeddingNetwork, check_config, expect
+from gaussnet.networks.base import EmbeddingNetwork, check_config, check_levels
 from gaussnet.networks.blocks import Conv2d, UNetBlock, check_images, fast_layout, group_norm, zero_
 
 
@@ -91,22 +91,13 @@ class DhariwalUNet(EmbeddingNetwork):
             "label_dropout": label_dropout,
         }
         check_config(config)
-        expect(config, "model_channels", model_channels % 4 == 0, "a positive multiple of 4")
-        expect(config, "channel_mult", min(channel_mult, default=0) >= 1, "one factor >= 1 a level")
-        levels = len(channel_mult)
-        multiple = 2 ** (levels - 1)
-        expect(
-            config,
-            "img_resolution",
-            img_resolution % multiple == 0,
-            f"a positive multiple of {multiple}, for the {levels} levels of channel_mult",
-        )
+        multiple = check_levels(config)
         emb_channels = model_channels * channel_mult_emb
         super().__init__(config, noise_channels=model_channels, emb_channels=emb_channels)
         self.multiple = multiple
 
         block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout)
-        resolutions = [img_resolution >> level for level in range(levels)]
+        resolutions = [img_resolution >> level for level in range(len(channel_mult))]
 
         # Encoder. Every tensor that it makes is a skip of the decoder.
         self.enc: nn.ModuleDict = nn.ModuleDict()
@@ -146,21 +137,6 @@ class DhariwalUNet(EmbeddingNetwork):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the network, in the dtype of its parameters.
-
-        Args:
-            x: Images (B, in_channels, H, W).
-            noise_labels: Noise labels ``c_noise`` (B,), or one for the batch, () or (1,).
-            class_labels: One-hot classes (B, label_dim) or class indices (B,); None for all zeros,
-                the unconditional network.
-            augment_labels: Augmentation labels (B, augment_dim); None for all zeros.
-
-        Returns:
-            Images (B, out_channels, H, W).
-
-        Raises:
-            ValueError: if x or labels have another shape; the message names them.
-        """
         check_images(x, self.in_channels, self.multiple)
         emb = self.embed(x.shape[0], noise_labels, class_labels, augment_labels)
         x = fast_layout(x.to(self.dtype))

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from gaussnet.hub import register
 from gaussnet.networks.base import EmbeddingNetwork, check_config, expect
-from gaussnet.networks.blocks import PositionalEmbedding, check_images, dropout, zero_
+from gaussnet.networks.blocks import check_images, dropout, zero_
+from gaussnet.networks.embeddings import PositionalEmbedding
 
 EPS = 1e-6
 
@@ -158,21 +159,6 @@ class DiT(EmbeddingNetwork):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the network, in the dtype of its parameters.
-
-        Args:
-            x: Images (B, in_channels, H, W).
-            noise_labels: Noise labels ``c_noise`` (B,), or one for the batch, () or (1,).
-            class_labels: One-hot classes (B, label_dim) or class indices (B,); None for all zeros,
-                the unconditional network.
-            augment_labels: Augmentation labels (B, augment_dim); None for all zeros.
-
-        Returns:
-            Images (B, out_channels, H, W).
-
-        Raises:
-            ValueError: if x or labels have another shape; the message names them.
-        """
         check_images(x, self.in_channels, self.patch_size)
         emb = self.embed(x.shape[0], noise_labels, class_labels, augment_labels)
         p, rows = self.patch_size, x.shape[2] // self.patch_size

@@ -123,21 +123,6 @@ class MLP(EmbeddingNetwork):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the network, in the dtype of its parameters.
-
-        Args:
-            x: Events (B, in_channels, ...), of the shape that the constructor was told.
-            noise_labels: Noise labels ``c_noise`` (B,), or one for the batch, () or (1,).
-            class_labels: One-hot classes (B, label_dim) or class indices (B,); None for all zeros,
-                the unconditional network.
-            augment_labels: Augmentation labels (B, augment_dim); None for all zeros.
-
-        Returns:
-            Events (B, out_channels, ...).
-
-        Raises:
-            ValueError: if x or labels have another shape; the message names them.
-        """
         if x.shape[1:] != self.in_shape:
             shape = ", ".join(map(str, self.in_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {shape})")

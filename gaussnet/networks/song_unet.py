@@ -32,11 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaussnet.hub import register
-from gaussnet.networks.base import Network, class_rows, expect, noise_row
+from gaussnet.networks.base import Network, check_config, check_levels, class_rows, noise_row
 from gaussnet.networks.blocks import (
     Conv2d,
-    FourierEmbedding,
-    PositionalEmbedding,
     Resample,
     UNetBlock,
     check_images,
@@ -45,6 +43,7 @@ from gaussnet.networks.blocks import (
     group_norm,
     zero_,
 )
+from gaussnet.networks.embeddings import FourierEmbedding, PositionalEmbedding
 
 EmbeddingType = Literal["positional", "fourier"]
 EncoderType = Literal["standard", "skip", "residual"]
@@ -76,10 +75,6 @@ class SongUNet(Network):
         encoder_type: "standard" (DDPM++), "residual" (NCSN++) or "skip".
         decoder_type: "standard" or "skip".
         resample_filter: Taps of the resampling filter, [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++).
-
-    Attributes:
-        config: The arguments as JSON-able values; ``SongUNet(**net.config)`` has the same
-            architecture.
 
     Raises:
         ValueError: if an argument is impossible, or does not fit another; the message names it.
@@ -132,8 +127,14 @@ class SongUNet(Network):
             "decoder_type": decoder_type,
             "resample_filter": list(resample_filter),
         }
-        _check_config(config)
+        check_config(
+            config,
+            embedding_type=get_args(EmbeddingType),
+            encoder_type=get_args(EncoderType),
+            decoder_type=get_args(DecoderType),
+        )
         super().__init__(config)
+        self.multiple: int = check_levels(config)
         self.num_blocks = num_blocks
         self.encoder_type = encoder_type
         self.resolutions: list[int] = [img_resolution >> level for level in range(len(channel_mult))]
@@ -230,22 +231,7 @@ class SongUNet(Network):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the network, in the dtype of its parameters.
-
-        Args:
-            x: Images (B, in_channels, H, W).
-            noise_labels: Noise labels ``c_noise`` (B,), or one for the batch, () or (1,).
-            class_labels: One-hot classes (B, label_dim) or class indices (B,); None for all zeros,
-                the unconditional network.
-            augment_labels: Augmentation labels (B, augment_dim); None for all zeros.
-
-        Returns:
-            Images (B, out_channels, H, W).
-
-        Raises:
-            ValueError: if x or labels have another shape; the message names them.
-        """
-        check_images(x, self.in_channels, multiple=2 ** (len(self.resolutions) - 1))
+        check_images(x, self.in_channels, self.multiple)
         emb = self._embed(x.shape[0], noise_labels, class_labels, augment_labels)
         x = fast_layout(x.to(self.dtype))
         return self._decode(self._encode(x, emb), emb).contiguous()
@@ -315,30 +301,3 @@ class SongUNet(Network):
                 out = head if out is None else dec[f"{at}_aux_up"](out) + head
         assert out is not None
         return out
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    """Raises a ValueError that names the first impossible argument."""
-    for name, kind in (
-        ("embedding_type", EmbeddingType),
-        ("encoder_type", EncoderType),
-        ("decoder_type", DecoderType),
-    ):
-        expect(config, name, config[name] in get_args(kind), f"one of {get_args(kind)}")
-    for name in ("label_dim", "augment_dim"):
-        expect(config, name, config[name] >= 0, "0 or more")
-    sizes = ("in_channels", "out_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
-    for name in sizes:
-        expect(config, name, config[name] >= 1, "at least 1")
-    for name in ("dropout", "label_dropout"):
-        expect(config, name, 0 <= config[name] <= 1, "a probability")
-    channels, mults = config["model_channels"], config["channel_mult"]
-    expect(config, "model_channels", channels > 0 and channels % 4 == 0, "a positive multiple of 4")
-    expect(config, "channel_mult", mults != [] and min(mults) >= 1, "one factor >= 1 a level")
-    resolution, multiple = config["img_resolution"], 2 ** (len(mults) - 1)
-    expect(
-        config,
-        "img_resolution",
-        resolution > 0 and resolution % multiple == 0,
-        f"a positive multiple of {multiple}, for the {len(mults)} levels of channel_mult",
-    )

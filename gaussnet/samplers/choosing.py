@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gaussnet.denoisers import Denoiser, GaussianDenoiser
 from gaussnet.samplers.schedules import check_sigmas
 from gaussnet.samplers.solvers import heun
-from gaussnet.samplers.stepping import Solver, count_nfe
+from gaussnet.samplers.stepping import Solver, count_nfe, evaluate
 from gaussnet.samplers.teleport import teleport
 
 Measure = Literal["denoiser", "trajectory"]
@@ -112,9 +112,8 @@ def find_sigma_skip(
             ours = solver(model, moved, rest, class_labels=class_labels)
             deviation = float((ours - unskipped).double().square().mean().sqrt())
         else:
-            level = torch.full(x.shape[:1], levels[skip], device=x.device)
-            denoised = model(moved, level) if class_labels is None else model(moved, level, class_labels)
-            difference = (denoised - gaussian(moved, level)).double().square().mean()
+            denoised = evaluate(model, moved, levels[skip], class_labels)
+            difference = (denoised - gaussian(moved, levels[skip])).double().square().mean()
             deviation = float(difference / gaussian.bayes_error(levels[skip]))
         saved = whole - _evaluations(solver, gaussian, moved, rest)
         rows.append(SkipRow(skip, levels[skip], deviation, saved))
@@ -190,23 +189,26 @@ def teleport_cost(
     """
     if repeats < 1:
         raise ValueError(f"expected repeats >= 1, got {repeats}")
-    level = torch.full(x.shape[:1], sigma_skip, dtype=torch.promote_types(x.dtype, torch.float32)).to(
-        x.device
-    )
     moved, _ = teleport(analytic, x, sigmas, sigma_skip=sigma_skip, class_labels=class_labels)
 
     def jump() -> None:
         teleport(analytic, x, sigmas, sigma_skip=sigma_skip, class_labels=class_labels)
 
-    def evaluate() -> None:
-        model(moved, level) if class_labels is None else model(moved, level, class_labels=class_labels)
+    def evaluation() -> None:
+        evaluate(model, moved, sigma_skip, class_labels)
 
-    evaluate()
-    pairs = [(_seconds(jump, x.device), _seconds(evaluate, x.device)) for _ in range(repeats)]
+    evaluation()
+    pairs = [(_seconds(jump, x.device), _seconds(evaluation, x.device)) for _ in range(repeats)]
     jumps, evaluations = zip(*pairs, strict=True)
     return TeleportCost(
         statistics.median(a / b for a, b in pairs), statistics.median(jumps), statistics.median(evaluations)
     )
+
+
+def table(rows: Sequence[SkipRow]) -> str:
+    """The rows in Markdown."""
+    lines = [f"| {row.skip} | {row.sigma:.4g} | {row.deviation:.3g} | {row.saved} |" for row in rows]
+    return "\n".join(["| skip | sigma | deviation | evaluations saved |", "|---|---|---|---|", *lines])
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
@@ -223,9 +225,3 @@ def _evaluations(solver: Solver, gaussian: GaussianDenoiser, x: Tensor, sigmas: 
     with count_nfe(gaussian) as nfe:
         solver(gaussian, x[:1], sigmas)
     return nfe()
-
-
-def table(rows: Sequence[SkipRow]) -> str:
-    """The rows in Markdown."""
-    lines = [f"| {row.skip} | {row.sigma:.4g} | {row.deviation:.3g} | {row.saved} |" for row in rows]
-    return "\n".join(["| skip | sigma | deviation | evaluations saved |", "|---|---|---|---|", *lines])

@@ -20,6 +20,7 @@ from gaussnet.covariance import Covariance
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser, GuidedDenoiser
 from gaussnet.denoisers.base import class_index
 from gaussnet.samplers.guided_flow import Flow, few_dimensions, guided_flow
+from gaussnet.samplers.stepping import evaluate
 
 _STEPS_PER_OCTAVE = 8  # of the Runge-Kutta method
 
@@ -105,8 +106,7 @@ def runge_kutta(
     state = x.double()
 
     def slope(state: Tensor, log_sigma: float) -> Tensor:
-        sigma = torch.full(x.shape[:1], math.exp(log_sigma), dtype=torch.float64, device=x.device)
-        return state - denoiser(state, sigma, class_labels)
+        return state - evaluate(denoiser, state, math.exp(log_sigma), class_labels)
 
     for i in range(steps):
         start = math.log(sigma_from) + i * step

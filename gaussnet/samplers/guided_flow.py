@@ -27,17 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussnet.denoisers import Denoiser, GaussianDenoiser
+from gaussnet.denoisers import GaussianDenoiser
 from gaussnet.numerics import check_event, full_precision, result_dtype, wide_dtype
 
 Flow = Callable[[Tensor, float, float], Tensor]
 """From a state, its level and another level to the state there."""
 
 
-def few_dimensions(cond: Denoiser, uncond: Denoiser) -> bool:
-    """Whether these are two Gaussians whose axes leave dimensions over, so that `guided_flow` has a use."""
-    if not (isinstance(cond, GaussianDenoiser) and isinstance(uncond, GaussianDenoiser)):
-        return False
+def few_dimensions(cond: GaussianDenoiser, uncond: GaussianDenoiser) -> bool:
+    """Whether the axes of two Gaussians leave dimensions over, so that `guided_flow` has a use."""
     return cond.covariance.rank + uncond.covariance.rank + 2 < cond.covariance.dim
 
 

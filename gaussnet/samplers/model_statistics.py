@@ -40,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from gaussnet.numerics import wide_dtype
+from gaussnet.samplers.stepping import level_of
 from gaussnet.samplers.weights import POINTS, SHARES
 
 if TYPE_CHECKING:
@@ -193,26 +194,6 @@ class ModelStatistics:
         return self._spline.antiderivative()
 
 
-def _bases(points: np.ndarray, nodes: Sequence[float], pseudo: bool) -> list[np.ndarray]:
-    """What each node's value contributes to Newton's interpolation, at the points: (nodes, points).
-
-    sum_k [g_0, ..., g_k] prod_(m < k) (lambda - lambda_m), with (lambda - lambda_0)^k for the product if
-    `pseudo`.
-    """
-    one = np.ones_like(points)
-    powers = [
-        math.prod((points - nodes[0 if pseudo else m] for m in range(k)), start=one)
-        for k in range(len(nodes))
-    ]
-    bases = list[np.ndarray]()
-    for j, node in enumerate(nodes):
-        gaps = [
-            math.prod(node - other for other in nodes[: k + 1] if other != node) for k in range(len(nodes))
-        ]
-        bases.append(np.sum([powers[k] / gaps[k] for k in range(j, len(nodes))], axis=0))
-    return bases
-
-
 def compute_ems(
     denoiser: nn.Module,
     data: Tensor,
@@ -301,6 +282,26 @@ def compute_ems(
     return _statistics(levels, *moments, eps=torch.finfo(data.dtype).eps)
 
 
+def _bases(points: np.ndarray, nodes: Sequence[float], pseudo: bool) -> list[np.ndarray]:
+    """What each node's value contributes to Newton's interpolation, at the points: (nodes, points).
+
+    sum_k [g_0, ..., g_k] prod_(m < k) (lambda - lambda_m), with (lambda - lambda_0)^k for the product if
+    `pseudo`.
+    """
+    one = np.ones_like(points)
+    powers = [
+        math.prod((points - nodes[0 if pseudo else m] for m in range(k)), start=one)
+        for k in range(len(nodes))
+    ]
+    bases = list[np.ndarray]()
+    for j, node in enumerate(nodes):
+        gaps = [
+            math.prod(node - other for other in nodes[: k + 1] if other != node) for k in range(len(nodes))
+        ]
+        bases.append(np.sum([powers[k] / gaps[k] for k in range(j, len(nodes))], axis=0))
+    return bases
+
+
 def _known(
     denoiser: nn.Module, x: Tensor, sigma: float, sign: Tensor, class_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -309,7 +310,7 @@ def _known(
     def denoise(x: Tensor, level: Tensor) -> Tensor:
         return denoiser(x, level) if class_labels is None else denoiser(x, level, class_labels=class_labels)
 
-    level = torch.full(x.shape[:1], sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    level = level_of(x, sigma)
     denoised, product = cast(
         "tuple[Tensor, Tensor]", torch.func.jvp(denoise, (x, level), (sign, torch.zeros_like(level)))
     )

@@ -146,10 +146,25 @@ def rounded_sigmas(model: NetworkDenoiser, sigmas: Tensor) -> Tensor:
     return torch.unique_consecutive(levels)
 
 
+def check_sigmas(sigmas: Tensor) -> list[float]:
+    """The levels as floats.
+
+    Raises:
+        ValueError: if they are not a decreasing sequence of at least two that ends in 0.
+    """
+    table = torch.as_tensor(sigmas, dtype=torch.float64)
+    levels: list[float] = table.tolist()
+    if table.ndim != 1 or len(levels) < 2 or levels[-1] != 0:
+        raise ValueError(f"expected sigmas to be at least two levels that end in 0, got {levels}")
+    if any(not b < a < math.inf for a, b in pairwise(levels)):
+        raise ValueError(f"expected finite, strictly decreasing sigmas, got {levels}")
+    return levels
+
+
 def _check_ends(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
         raise ValueError(f"expected n >= 1 steps, got {n}")
-    if not 0 < sigma_min < sigma_max < float("inf"):
+    if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
 
 
@@ -168,18 +183,3 @@ def _betas(betas: str | Tensor) -> Tensor:
     if betas == "scaled_linear":
         return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     raise ValueError(f"expected betas to be a tensor, 'linear' or 'scaled_linear', got {betas!r}")
-
-
-def check_sigmas(sigmas: Tensor) -> list[float]:
-    """The levels as floats.
-
-    Raises:
-        ValueError: if they are not a decreasing sequence of at least two that ends in 0.
-    """
-    table = torch.as_tensor(sigmas, dtype=torch.float64)
-    levels: list[float] = table.tolist()
-    if table.ndim != 1 or len(levels) < 2 or levels[-1] != 0:
-        raise ValueError(f"expected sigmas to be at least two levels that end in 0, got {levels}")
-    if any(not b < a < float("inf") for a, b in pairwise(levels)):
-        raise ValueError(f"expected finite, strictly decreasing sigmas, got {levels}")
-    return levels

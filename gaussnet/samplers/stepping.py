@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussnet.network_denoiser import NetworkDenoiser
+from gaussnet.numerics import result_dtype
 
 Callback = Callable[[dict[str, Any]], None]
 Denoise = Callable[[Tensor, float], Tensor]
@@ -79,15 +80,21 @@ def start(
     def denoise(x: Tensor, sigma: float) -> Tensor:
         if dtype is not None:
             x = x.to(own)
-        level = torch.full(
-            x.shape[:1], sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-        )
-        denoised = (
-            denoiser(x, level) if class_labels is None else denoiser(x, level, class_labels=class_labels)
-        )
+        denoised = evaluate(denoiser, x, sigma, class_labels)
         return denoised if dtype is None else denoised.to(dtype)
 
     return x if dtype is None else x.to(dtype), denoise
+
+
+def evaluate(denoiser: nn.Module, x: Tensor, sigma: float, class_labels: Tensor | None = None) -> Tensor:
+    """The denoiser at one level; it gets class labels only where there are some."""
+    level = level_of(x, sigma)
+    return denoiser(x, level) if class_labels is None else denoiser(x, level, class_labels=class_labels)
+
+
+def level_of(x: Tensor, sigma: float) -> Tensor:
+    """A level for each sample of x, (B,), in its dtype, but at least float32."""
+    return torch.full(x.shape[:1], sigma, dtype=result_dtype(x), device=x.device)
 
 
 def report(

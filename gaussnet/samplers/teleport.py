@@ -22,7 +22,7 @@ from gaussnet.denoisers import Denoiser, GaussianDenoiser
 from gaussnet.gate import Gate
 from gaussnet.samplers.flows import flow_of
 from gaussnet.samplers.schedules import check_sigmas, karras_sigmas
-from gaussnet.samplers.stepping import History
+from gaussnet.samplers.stepping import History, evaluate
 
 RHO = 4.0  # of new grids: below a jump's level, EDM's 7 spends too many steps near 0
 
@@ -120,10 +120,7 @@ def teleport(
     history: list[tuple[float, Tensor, Tensor]] = []
     for level in _levels_above(levels, target, rest.tolist(), rho, keep=steps is None):
         state = move(x, levels[0], level)
-        each = torch.full(
-            x.shape[:1], level, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-        )
-        history.append((level, state, gaussian(state, each, class_labels)))
+        history.append((level, state, evaluate(gaussian, state, level, class_labels)))
     return moved, rest, history
 
 
