@@ -24,7 +24,6 @@ from gaussnet.probes.trajectories import (
     divergence,
     exact_sample,
     exact_trajectory,
-    paired_difference,
     solver_trajectory,
 )
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gaussnet import heun, karras_sigmas
-from gaussnet.metrics import FeatureStatistics, extract_features, load_extractor, to_uint8
+from gaussnet import count_nfe, heun, karras_sigmas
+from gaussnet.metrics import FeatureStatistics, extract_features, load_extractor
+from gaussnet.metrics.features import rounded
 from train.callbacks import Run
 from train.config import ConfigError
 from train.data import fit_source, generator_for
@@ -25,6 +26,7 @@ class Frechet:
     def __init__(self, run: Run) -> None:
         self.run, self.options = run, run.config.frechet
         self.reference: FeatureStatistics | None = None
+        self.nfe = 0  # of a sample
         if not self.options.every:
             return
         try:
@@ -46,7 +48,7 @@ class Frechet:
             return
         distance = self._statistics(self._samples()).distance(self.reference)
         if self.run.accelerator.is_main_process:
-            row = {"step": step, "frechet": distance, "samples": self.options.samples, "NFE": self._nfe()}
+            row = {"step": step, "frechet": distance, "samples": self.options.samples, "NFE": self.nfe}
             append_csv(self.run.folder.frechet, [row])
         self.run.accelerator.log({"frechet": distance}, step=step)
 
@@ -69,11 +71,7 @@ class Frechet:
             ]
             labels = run.data.one_hot((seeds % max(run.data.n_classes, 1)).to(device))
             start = float(sigmas[0]) * torch.stack(draws).to(device)
-            images = heun(run.average, start, sigmas, class_labels=labels)
-            yield to_uint8(images).float() / 127.5 - 1
-
-    def _nfe(self) -> int:
-        levels = karras_sigmas(self.options.steps)[:-1]
-        evaluated = int((levels <= self.run.average.sigma_gate).sum())
-        closed = len(levels) - evaluated
-        return 2 * evaluated - 1 + (closed > 0)
+            with count_nfe(run.average) as nfe:
+                images = heun(run.average, start, sigmas, class_labels=labels)
+            self.nfe = nfe()
+            yield rounded(images)

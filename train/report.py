@@ -1,4 +1,4 @@
-"""What a finished run shows: errors, what teleport costs, samples, learning dynamics; and its model's provenance."""
+"""What a finished run shows: errors, teleport, samples, learning dynamics; and what its model tells of it."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ __all__ = ["DiffusersDenoiser", "GaussnetUNet", "scheduler_levels", "teleport_pi
 
 
 def scheduler_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """The grid of a scheduler whose timesteps are set: the second table above.
+    """The grid of a scheduler whose timesteps are set: the table above.
 
     Args:
         scheduler: of one of the classes in that table.

@@ -49,7 +49,7 @@ Process = Any  # a scheduler, its alphas_cumprod, or the sigma_data of EDM: diff
 
 
 class Parametrisation:
-    """What a network predicts: the first table above.
+    """What a network predicts: the table above.
 
     Args:
         scheduler: of diffusers; or alphas_cumprod, (n,); or a number, EDM's sigma_data.

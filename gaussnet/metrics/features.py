@@ -18,6 +18,7 @@ from gaussnet.fit import Data
 from gaussnet.fit.streams import batches
 from gaussnet.hub import CONFIG_NAME, Pretrained
 from gaussnet.metrics.classifier import SmallClassifier
+from gaussnet.metrics.samples import as_rgb
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -42,6 +43,25 @@ def to_uint8(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise TypeError(f"expected floating images in [-1, 1], got {images.dtype}")
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as a file of 8 bits holds them: through `to_uint8` and back, x / 127.5 - 1.
+
+    Args:
+        images: floating, of any shape.
+
+    Returns:
+        float32 of the same shape.
+
+    Raises:
+        TypeError: if the images are not floating.
+
+    Example:
+        >>> rounded(torch.tensor([-2.0, 0.0, 1.0]))
+        tensor([-1.0000,  0.0039,  1.0000])
+    """
+    return to_uint8(images).float() / 127.5 - 1
 
 
 def load_extractor(name_or_module: str | Path | nn.Module, weights: str | Path | None = None) -> nn.Module:
@@ -204,7 +224,7 @@ class InceptionFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048) of images (B, C, H, W), C = 1 or 3."""
-        return self.network(_rgb(to_uint8(images)))[0]
+        return self.network(as_rgb(to_uint8(images)))[0]
 
 
 def _inception_weights() -> Path:
@@ -272,16 +292,10 @@ class TimmFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, F) of images (B, C, H, W), C = 1 or 3."""
-        x = (_rgb(images) + 1) / 2
+        x = (as_rgb(images) + 1) / 2
         if tuple(x.shape[2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
         return self.network((x - self.mean) / self.std)
-
-
-def _rgb(images: Tensor) -> Tensor:
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"expected grey or RGB images (B, 1 or 3, H, W), got {tuple(images.shape)}")
-    return images.expand(-1, 3, -1, -1)
 
 
 def _expect_no_weights(name: str, weights: str | Path | None) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gaussnet.metrics.samples import as_rgb
+
 NETWORKS = ("alex", "vgg", "squeeze")
 DISTANCES = ("mse", *(f"lpips-{name}" for name in NETWORKS))
 SIZE = 224
@@ -75,8 +77,6 @@ class PerceptualDistance(nn.Module):
                 number a pair.
         """
         check_pairs(a, b)
-        if a.shape[1] not in (1, 3):
-            raise ValueError(f"expected grey or RGB images (B, 1 or 3, H, W), got {tuple(a.shape)}")
         distances = self.network(self._prepare(a), self._prepare(b))
         if not isinstance(distances, Tensor) or distances.numel() != len(a):
             got = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
@@ -84,7 +84,7 @@ class PerceptualDistance(nn.Module):
         return distances.reshape(len(a)).float()
 
     def _prepare(self, images: Tensor) -> Tensor:
-        images = images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
+        images = as_rgb(images.float().clamp(-1, 1))
         if self.size is None:
             return images
         return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)

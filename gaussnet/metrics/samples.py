@@ -53,6 +53,17 @@ def check_finite(batch: Tensor, start: int = 0) -> None:
         raise ValueError(f"expected finite data, got NaN or infinite values in sample {start + bad}")
 
 
+def as_rgb(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) of grey or RGB ones (B, 1 or 3, H, W), as a view.
+
+    Raises:
+        ValueError: if they are of another shape.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"expected grey or RGB images (B, 1 or 3, H, W), got {tuple(images.shape)}")
+    return images.expand(-1, 3, -1, -1)
+
+
 def permutation(count: int, generator: torch.Generator | None = None) -> Tensor:
     """A random order of `count` samples, (count,), on the CPU."""
     device = "cpu" if generator is None else generator.device

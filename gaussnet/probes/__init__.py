@@ -3,6 +3,7 @@
 from gaussnet.probes.emergence import emergence_level, feature_course, perturbation_gains, select_features
 from gaussnet.probes.geometry import principal_shares, rotation_bounds, rotation_error
 from gaussnet.probes.modes import equal_error, minimal_ranks, modes_and_ranks, truncated
+from gaussnet.probes.pairs import paired_difference
 from gaussnet.probes.planes import Plane, score_field
 from gaussnet.probes.quality import SkippedRun, distances, features_of, skipped_run
 from gaussnet.probes.scores import (
@@ -21,7 +22,6 @@ from gaussnet.probes.trajectories import (
     divergence,
     exact_sample,
     exact_trajectory,
-    paired_difference,
     solver_trajectory,
 )
 

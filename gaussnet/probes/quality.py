@@ -10,14 +10,15 @@ run from the same noise, image by image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from gaussnet.denoisers import Denoiser, GaussianDenoiser
-from gaussnet.metrics import FeatureStatistics, extract_features, frechet_interval, kernel_distance, to_uint8
+from gaussnet.metrics import FeatureStatistics, extract_features, frechet_interval, kernel_distance
+from gaussnet.metrics.features import rounded
 from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.samplers import ModelStatistics, count_nfe
 from gaussnet.sampling import Jump, sample_seeds
@@ -132,11 +133,8 @@ def features_of(extractor: nn.Module | None, images: Tensor, batch_size: int = 2
     if extractor is None:
         return images.flatten(1).float().cpu()
 
-    def rounded() -> Iterator[Tensor]:
-        for batch in images.split(batch_size):
-            yield to_uint8(batch).float() / 127.5 - 1
-
-    return torch.cat([part.cpu() for part in extract_features(extractor, rounded(), batch_size)])
+    batches = (rounded(batch) for batch in images.split(batch_size))
+    return torch.cat([part.cpu() for part in extract_features(extractor, batches, batch_size)])
 
 
 def distances(

@@ -7,8 +7,7 @@ a Gaussian (Eq. 15, and Eq. 16 for the denoised along it), else by the classical
 float64, which scipy's adaptive DOP853 can check. Both take the step to 0 as every solver does: they end on
 the denoised of the last level above it.
 
-Deviations are mean squared errors per pixel, ||a - b||^2 / D, for each initial state (Fig. 7, 15, 17). Of
-samples, any distance can be compared between two references by pairs: the noise is the same (Fig. 8, 18).
+Deviations are mean squared errors per pixel, ||a - b||^2 / D, for each initial state (Fig. 7, 15, 17).
 """
 
 from __future__ import annotations
@@ -47,24 +46,6 @@ class Trajectory(NamedTuple):
     levels: Tensor
     x: Tensor
     denoised: Tensor
-
-
-class Paired(NamedTuple):
-    """What pairs say of a difference.
-
-    Attributes:
-        mean: of first - second.
-        low: lower end of its t interval.
-        high: upper end.
-        p_value: of Wilcoxon's signed-rank test, two-sided.
-        pairs: their number.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
-    pairs: int
 
 
 @torch.no_grad()
@@ -307,42 +288,6 @@ def check_trajectory(
         atol=tol,
     )
     return (ours.x - torch.stack([*states, last])).abs().flatten(1).amax(1).tolist()
-
-
-def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Paired:
-    """Compares two measurements of the same things.
-
-    Args:
-        first: (N,), N >= 2.
-        second: (N,).
-        level: of the t interval of the mean difference.
-
-    Returns:
-        Mean, interval and p-value of first - second.
-
-    Raises:
-        ValueError: if they are not pairs, there are fewer than two, or the level is not in (0, 1).
-
-    Example:
-        >>> found = paired_difference(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 1.0, 2.0]))
-        >>> round(found.mean, 3), found.p_value
-        (1.333, 0.25)
-    """
-    from scipy import stats  # here, since it takes long to import
-
-    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
-        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"expected two tensors of shape (N,) with N >= 2, got {shapes}")
-    if not 0 < level < 1:
-        raise ValueError(f"expected 0 < level < 1, got {level}")
-    difference = (first.double() - second.double()).cpu()
-    mean, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
-    reach = float(stats.t.ppf((1 + level) / 2, len(difference) - 1)) * error
-    p_value = 1.0  # of equal measurements, of which the test says nothing
-    if bool((difference != 0).any()):
-        result: Any = stats.wilcoxon(difference.numpy())
-        p_value = float(result.pvalue)
-    return Paired(mean, mean - reach, mean + reach, p_value, len(difference))
 
 
 def _denoise(denoiser: Denoiser, x: Tensor, sigma: float, class_labels: Tensor | None) -> Tensor:
