@@ -47,6 +47,43 @@ def test_dense(kind: str, dtype: torch.dtype) -> None:
     assert (cov.dim, cov.rank) == (DIM, {"full": 6, "isotropic": 0}.get(kind, 3))
 
 
+def test_one_axis_and_no_tail() -> None:
+    axis = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
+    cov = Covariance(axis, torch.tensor([2.0], dtype=torch.float64))
+    torch.testing.assert_close(cov.dense(), 2 * axis @ axis.T)
+    assert float(cov.trace(lambda lam: lam + 1)) == pytest.approx(4)
+
+
+def test_a_full_basis_has_no_tail() -> None:
+    cov = Covariance(torch.eye(3), torch.tensor([1.0, 2.0, 4.0]))  # the logarithm of its tail is -inf
+    assert float(cov.trace(torch.log)) == pytest.approx(math.log(8))
+    torch.testing.assert_close(cov.apply(torch.log, torch.ones(3)), torch.log(cov.eigvals))
+
+
+@kinds
+def test_functions_are_evaluated_in_the_dtype_asked_for(kind: str) -> None:
+    cov = covariance(kind, DIM, dtype=torch.float32)
+    seen: list[torch.dtype] = []
+
+    def f(lam: Tensor) -> Tensor:
+        seen.append(lam.dtype)
+        return lam / (lam + 0.3**2)
+
+    wide = torch.float64
+    for name, result in {
+        "apply": cov.apply(f, randn(2, DIM, dtype=wide)),
+        "trace": cov.trace(f, wide),
+        "diagonal": cov.diagonal(f, wide),
+        "logdet": cov.logdet(0.3, wide),
+    }.items():
+        assert result.dtype == wide, name
+    assert set(seen) == {wide}
+    cov.trace(f)
+    assert seen[-1] == torch.float32
+    exact = torch.logdet(by_hand(cov) + 0.3**2 * torch.eye(DIM, dtype=wide))
+    assert float(cov.logdet(0.3, wide)) == pytest.approx(float(exact), abs=1e-5)
+
+
 @kinds
 @functions
 @dtypes
