@@ -63,7 +63,7 @@ class NoisePrecond(NetworkDenoiser):
         if event_shape is None:
             event_shape = image_shape(network)
         self._event_shape = torch.Size(event_shape)
-        check_channels(network, self._event_shape, 1, self.output_multiple, f" in {type(self).__name__}")
+        check_channels(network, self._event_shape, 1, self.output_multiple, type(self).__name__)
         self.model = network
 
     @property

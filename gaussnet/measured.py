@@ -24,6 +24,9 @@ from gaussnet.fit.streams import Data, subsample
 from gaussnet.hub import register
 from gaussnet.tables import LevelTable
 
+_NUMBERS = 2**21  # at a level, of which a mean square is known well enough
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @register
 class MeasuredError(LevelTable):
@@ -136,7 +139,3 @@ class MeasuredError(LevelTable):
         table = super().from_arguments(arguments)
         table.other = arguments.get("other", "")  # older tables do not tell
         return table
-
-
-_NUMBERS = 2**21  # at a level, of which a mean square is known well enough
-_TINY = torch.finfo(torch.float32).tiny

@@ -66,9 +66,11 @@ class NetworkDenoiser(Denoiser):
 
 
 def check_channels(
-    network: nn.Module, event_shape: tuple[int, ...], inputs: int, outputs: int, options: str = ""
+    network: nn.Module, event_shape: tuple[int, ...], inputs: int, outputs: int, owner: str, options: str = ""
 ) -> None:
-    """Refuses a network whose channels are not so many times those of an event; `options` ask for them.
+    """Refuses a network whose channels are not `inputs` and `outputs` times those of an event.
+
+    `owner` is the caller's name and `options` are those that ask for these channels, for the message.
 
     Raises:
         ValueError: if it has others.
@@ -78,7 +80,7 @@ def check_channels(
         got = getattr(network, name, expected)
         if got != expected:
             raise ValueError(
-                f"expected a network with {name}={expected} for events of shape "
+                f"{owner}: expected a network with {name}={expected} for events of shape "
                 f"{tuple(event_shape)}{options}, got {name}={got}"
             )
 

@@ -102,7 +102,7 @@ class BypassPrecond(NetworkDenoiser):
         super().__init__()
         shown = show_gaussian * (1 + (marginals is not None))
         told = f" and {show_gaussian=}{', with marginals' * (marginals is not None)}"
-        check_channels(network, gaussian.event_shape, 1 + shown, 1, told)
+        check_channels(network, gaussian.event_shape, 1 + shown, 1, type(self).__name__, told)
         if not float(gaussian.variance) > 0:
             raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
         if base not in get_args(Base):

@@ -254,6 +254,18 @@ def test_files_of_latents(tmp_path: Path) -> None:
         load_latents(tmp_path / "none.npy")
 
 
+@pytest.mark.parametrize("kind", ["archive", "empty", "text"])
+def test_files_that_hold_no_array(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "latents.npy"
+    if kind == "archive":
+        with path.open("wb") as file:
+            np.savez(file, latents=randn(6, *EVENT).numpy())
+    else:
+        path.write_text("" if kind == "empty" else "latents")
+    with pytest.raises(ValueError, match=r"latents\.npy: expected a \.npy array of numbers"):
+        load_latents(path)
+
+
 # The experiment -----------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, euler, heun, kar
 from gaussnet.data import ImageData
 from gaussnet.experiments import Setting, defaults, run, trajectory_deviation
 from gaussnet.plots import trajectories as plots
+from gaussnet.probes import paired_difference
 from gaussnet.probes.trajectories import (
     Trajectory,
     check_trajectory,

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gaussnet import plots
+from gaussnet.plots.style import colours
 
-REFERENCES = ("delta", "mixture-50", "isotropic", "mixture-2", "gaussian", "mixture-10")
+REFERENCES = ("delta", "mixture-50", "isotropic", "mixture-2", "marginal", "gaussian", "mixture-10")
 
 
 @pytest.fixture
@@ -96,16 +97,21 @@ def test_learning_dynamics(
 def test_references_keep_their_colours_and_order(tmp_path: Path, drawn: list[Figure]) -> None:
     plots.learning_dynamics(probe_rows((1.0,)), tmp_path / "probes.png")
     lines = [line for line in drawn[0].axes[0].get_lines() if line.get_linestyle() != "None"]
-    names = ["isotropic", "gaussian", "mixture-2", "mixture-10", "mixture-50", "delta"]
+    names = ["isotropic", "gaussian", "marginal", "mixture-2", "mixture-10", "mixture-50", "delta"]
     assert [line.get_label() for line in lines] == names
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == names
     colours = {line.get_label(): to_rgb(line.get_color()) for line in lines}
-    fixed = {"isotropic": "0.6", "gaussian": "tab:orange", "delta": "black"}
+    fixed = {"isotropic": "0.6", "gaussian": "tab:orange", "marginal": "tab:red", "delta": "black"}
     for name, colour in fixed.items():
         assert colours[name] == to_rgb(colour), name
-    lightness = [sum(colours[name]) for name in names[2:5]]
+    lightness = [sum(colours[name]) for name in names[3:6]]
     assert lightness == sorted(lightness, reverse=True)
     assert len(set(lightness)) == 3
+
+
+def test_mixtures_are_graded_by_components_not_by_rank() -> None:
+    names = ["mixture-100r8", "mixture-10r64", "mixture-10"]
+    assert list(colours(names)) == ["mixture-10", "mixture-10r64", "mixture-100r8"]
 
 
 def test_zeros_and_missing_curves_have_no_place(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -117,7 +123,7 @@ def test_zeros_and_missing_curves_have_no_place(tmp_path: Path, drawn: list[Figu
     rows = [row for row in rows if row["reference"] != "delta" or row["sigma"] == "2.0"]
     plots.learning_dynamics(rows, tmp_path / "probes.png")
     counts = [len(panel.get_lines()) for panel in drawn[0].axes]
-    assert counts == [2 * 5 - 1, 2 * 6 - 1], "curves and dots, but no dot at 0"
+    assert counts == [2 * 6 - 1, 2 * 7 - 1], "curves and dots, but no dot at 0"
 
 
 def test_no_rows_to_draw(tmp_path: Path) -> None:
@@ -141,6 +147,14 @@ def test_loss_curve(cast: Any, tmp_path: Path, drawn: list[Figure]) -> None:
         (line,) = axis.get_lines()
         assert np.asarray(line.get_xydata()) == pytest.approx(np.array([(1, 10, 100), expected]).T)
     assert below.get_ylim() == pytest.approx((0, 330))
+
+
+def test_a_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Figure]) -> None:
+    losses = ((1, 0.5), (10, None), (100, 0.25))
+    rows = [{"step": step, "loss": loss, "images_per_second": 200.0} for step, loss in losses]
+    plots.loss_curve(rows, tmp_path / "loss.png")
+    (line,) = drawn[0].axes[0].get_lines()
+    assert np.isfinite(line.get_ydata()).tolist() == [True, False, True]
 
 
 def test_no_loss_to_draw(tmp_path: Path) -> None:

@@ -291,12 +291,12 @@ def test_arms_begin_with_the_same_weights(tmp_path: Path) -> None:
         config = tiny(tmp_path, *options)
         torch.manual_seed(3)
         networks.append(build_network(config, load_data(config.data)))
-    edm, shown, plain, marginal = (dict(network.named_parameters()) for network in networks)
+    edm, shown, plain, blend = (dict(network.named_parameters()) for network in networks)
     differ = {name for name in edm if edm[name].shape != shown[name].shape}
     assert len(differ) == 1  # the first convolution
     assert all(torch.equal(edm[name], shown[name]) for name in edm if name not in differ)
     assert all(torch.equal(edm[name], plain[name]) for name in edm)
-    assert all(torch.equal(edm[name], marginal[name]) for name in edm if name not in differ)
+    assert all(torch.equal(edm[name], blend[name]) for name in edm if name not in differ)
 
 
 def test_it_can_begin_by_learning_the_gaussian(tmp_path: Path) -> None:

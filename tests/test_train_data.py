@@ -50,8 +50,11 @@ def test_frames_are_black() -> None:
 def test_data_that_cannot_be_used_are_errors() -> None:
     for config, message in (
         (DataConfig(source="mnits"), r"data\.source: no file or folder mnits"),
-        (DataConfig(heldout=1e-5), r"data\.heldout: 1e-05 of 1797 images is 0"),
-        (DataConfig(heldout=1797), r"data\.heldout: 1797 of 1797 images is 1797"),
+        (
+            DataConfig(heldout=1e-5),
+            r"data\.heldout: expected images on both sides, got 0 held out: 1e-05 of",
+        ),
+        (DataConfig(heldout=1797), r"data\.heldout: .*got 1797 held out: 1797 of 1797"),
         (DataConfig(layout="NHW"), r"data\.source: .*layout"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -137,7 +140,7 @@ def test_groups_are_held_out_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (np.zeros(1797, dtype=int), r"data\.heldout: 0\.2 of 1797 images is 1797"),
+        (np.zeros(1797, dtype=int), r"data\.heldout: .*got 1797 held out: 0\.2 of 1797"),
         (np.zeros(5, dtype=int), r"expected 1797 integers in .*, one an image, got int64 of shape \(5,\)"),
         (np.zeros(1797), "got float64"),
     ],
@@ -148,3 +151,15 @@ def test_impossible_groups(tmp_path: Path, groups: np.ndarray, message: str) -> 
         load_data(grouped(tmp_path, groups))
     with pytest.raises(ConfigError, match=r"data\.groups: .*absent"):
         load_data(DataConfig(groups=str(tmp_path / "absent.npy")))
+
+
+@pytest.mark.parametrize("kind", ["archive", "empty", "objects"])
+def test_files_that_hold_no_groups(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "groups.npy"
+    with path.open("wb") as file:
+        if kind == "archive":
+            np.savez(file, groups=np.zeros(1797, int))
+        elif kind == "objects":
+            np.save(file, np.array([{}] * 1797))
+    with pytest.raises(ConfigError, match=r"data\.groups: .*groups\.npy: expected a \.npy array of numbers"):
+        load_data(DataConfig(groups=str(path)))

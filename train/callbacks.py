@@ -68,9 +68,9 @@ class Run:
         return noise[self.share(count)].to(self.accelerator.device)
 
     def initial(self, count: int, *key: int | str) -> tuple[Tensor, Tensor | None]:
-        """This process's part of the noise that samples begin with, and one-hot labels of all classes in turn.
+        """This process's part of the noise of `count` samples, and one-hot labels of all classes in turn.
 
-        It is of a few more than `count`, so that no process is without any.
+        There are a few more of them where needed, so that no process is without any.
         """
         world, device = self.accelerator.num_processes, self.accelerator.device
         count = -(-count // world) * world

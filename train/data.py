@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gaussnet import ImageData, open_images
+from gaussnet.data.arrays import MappedArray
 from train.config import ConfigError, DataConfig
 from train.writing import RunError
 
@@ -77,7 +79,10 @@ def load_data(config: DataConfig) -> Data:
     if groups is not None and 0 < count < len(images):  # up to the end of the last group that is begun
         count = 1 + int((groups[order] == groups[order[count - 1]]).nonzero().max())
     if not 0 < count < len(images):
-        raise ConfigError(f"data.heldout: {config.heldout} of {len(images)} images is {count}")
+        raise ConfigError(
+            f"data.heldout: expected images on both sides, got {count} held out: {config.heldout} of "
+            f"{len(images)}"
+        )
     classes = int(images.labels.max()) + 1 if config.labels and images.labels is not None else 0
     train = order[count:]
     return Data(
@@ -95,11 +100,11 @@ def load_groups(path: str, count: int) -> Tensor:
         ConfigError: if the file does not hold them.
     """
     try:
-        groups = np.load(path, allow_pickle=False)
+        groups = MappedArray(Path(path)).array
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.groups: {error}") from error
-    if not isinstance(groups, np.ndarray) or groups.shape != (count,) or groups.dtype.kind not in "iu":
-        got = f"{groups.dtype} of shape {groups.shape}" if isinstance(groups, np.ndarray) else "an archive"
+    if groups.shape != (count,) or groups.dtype.kind not in "iu":
+        got = f"{groups.dtype} of shape {groups.shape}"
         raise ConfigError(f"data.groups: expected {count} integers in {path}, one an image, got {got}")
     return torch.from_numpy(groups.astype(np.int64))
 

@@ -75,8 +75,11 @@ class Marginals(nn.Module):
             raise ValueError(
                 f"expected log_weights of shape (*event_shape, {len(levels)}), got {tuple(log_weights.shape)}"
             )
-        if not bool((torch.isfinite(levels) & torch.isfinite(widths) & (widths >= 0)).all()):
-            raise ValueError("expected finite levels and finite widths >= 0")
+        good = torch.isfinite(levels) & torch.isfinite(widths) & (widths >= 0)
+        if not bool(good.all()):
+            raise ValueError(
+                f"expected finite levels and finite widths >= 0, got {int((~good).sum())} others"
+            )
         if not bool((log_weights < 1e-3).all()):  # -inf: this pixel never has that level
             raise ValueError("expected logarithms of shares, got values above 0, or NaN")
         self.register_buffer("levels", levels)
@@ -140,7 +143,7 @@ class Marginals(nn.Module):
         sums = torch.zeros(3, len(edges), dtype=torch.float64)  # of 1, z, z^2
         for batch, _ in batches(data):
             check_shape(batch, event_shape)
-            values = batch.flatten(1).double().cpu()
+            values = batch.flatten(1).double().cpu().contiguous()
             bins = torch.bucketize(values, edges).clamp_max(len(edges) - 1)
             counts += torch.bincount((bins + offset).flatten(), minlength=len(counts))
             for power in range(3):
@@ -262,7 +265,7 @@ class MarginalDenoiser(Denoiser):
 
         Args:
             data: (N, *event_shape), or an iterable of batches that can be gone through several times.
-            gaussian: default: `GaussianDenoiser.fit(data)`, with `mirror` and `all_processes` as for marginals.
+            gaussian: default: `GaussianDenoiser.fit(data)`, `mirror` and `all_processes` as of marginals.
             **arguments: of `Marginals.fit`.
 
         Raises:

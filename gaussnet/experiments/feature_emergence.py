@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
+from gaussnet.experiments.shared import in_words, numbers, quartiles, ranges
 from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.plots.emergence import feature_emergence
 from gaussnet.probes.emergence import (
@@ -76,11 +77,9 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         )
     if not options.perturbation > 0:
         raise ValueError(f"expected perturbation > 0, got {options.perturbation}")
-    starts = range(0, options.seeds, SEEDS_A_UNIT)
-    groups = [(first, min(first + SEEDS_A_UNIT, options.seeds) - 1) for first in starts]
     return [
         "psi",
-        *(f"trajectory seeds={first}-{last}" for first, last in groups),
+        *(f"trajectory seeds={seeds}" for seeds in ranges(options.seeds, SEEDS_A_UNIT)),
         *(f"gain sigma={level:g}" for level in levels),
     ]
 
@@ -94,8 +93,7 @@ def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Ro
     what, _, where = unit.partition("=")
     if what == "gain sigma":
         return list(_gains(setting, options, grid, features, float(where)))
-    first, last = map(int, where.split("-"))
-    return list(_trajectories(setting, grid, features, range(first, last + 1)))
+    return list(_trajectories(setting, grid, features, numbers(where)))
 
 
 def draw(rows: Sequence[Row], options: argparse.Namespace) -> Any:
@@ -111,7 +109,7 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
     gains = [row for row in rows if row["kind"] == "gain"]
     for feature in sorted({row["feature"] for row in critical}):
         own = [row for row in critical if row["feature"] == feature]
-        low, middle, high = _quartiles([row["level"] for row in own])
+        low, middle, high = quartiles(row["level"] for row in own)
         off = [row["gain"] / row["predicted"] - 1 for row in gains if row["feature"] == feature]
         table.append(
             {
@@ -125,7 +123,7 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
         )
     paths = [row for row in rows if row["kind"] == "geometry"]
     shares, expected = (
-        {count: _quartiles([row[f"{name}{count}"] for row in paths]) for count in (2, 3)}
+        {count: in_words(quartiles(row[f"{name}{count}"] for row in paths)) for count in (2, 3)}
         for name in ("pc", "gaussian_pc")
     )
     missed, bound = (median(row[name] for row in paths) for name in ("rotation_error", "rotation_bound"))
@@ -137,9 +135,9 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
         f"Level at which D(x_t) has {centre} of its last projection on an eigenvector (median over "
         f"{len(paths)} trajectories), and the median of |gain/predicted - 1| over levels and trajectories. "
         f"Features emerge {ordered} the order of their variance. In variance-preserving coordinates 2 "
-        f"principal components have {_told(shares[2])} of a trajectory's variance (mean {means[2]:.4f}), 3 "
-        f"have {_told(shares[3])} (mean {means[3]:.4f}); of the Gaussian's from the same noise "
-        f"{_told(expected[2])} and {_told(expected[3])}. The rotation formula misses at most {missed:.3g} of "
+        f"principal components have {shares[2]} of a trajectory's variance (mean {means[2]:.4f}), 3 "
+        f"have {shares[3]} (mean {means[3]:.4f}); of the Gaussian's from the same noise "
+        f"{expected[2]} and {expected[3]}. The rotation formula misses at most {missed:.3g} of "
         f"a state's length (median over trajectories of the largest error; the Gaussian's bound: "
         f"{bound:.3g}); {within} of {len(paths)} trajectories stay within the bound at all levels."
     )
@@ -238,12 +236,3 @@ def _named(features: Features) -> list[Row]:
         {"feature": rank, "eigenvalue": eigenvalue}
         for rank, eigenvalue in zip(features.ranks, features.eigvals.tolist(), strict=True)
     ]
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
-
-def _told(quartiles: list[float]) -> str:
-    low, middle, high = quartiles
-    return f"{middle:.4f} (quartiles {low:.4f} to {high:.4f})"

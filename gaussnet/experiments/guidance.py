@@ -14,7 +14,7 @@ import torch
 from gaussnet.denoisers import Denoiser, GuidedDenoiser
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
-from gaussnet.experiments.trajectory_deviation import PLAIN_SOLVERS
+from gaussnet.experiments.shared import add_sampling
 from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.plots.trajectories import guidance as draw_guidance
 from gaussnet.probes.trajectories import (
@@ -45,10 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=16, help="of a class (default %(default)s)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="CLASS", help="default: all of the images")
-    parser.add_argument("--steps", type=int, default=18, help="of EDM's grid (default %(default)s)")
-    parser.add_argument(
-        "--solver", choices=PLAIN_SOLVERS, default="heun", help="of the model (default %(default)s)"
-    )
+    add_sampling(parser)
     parser.add_argument(
         "--references",
         nargs="+",

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.data.arrays import MappedArray
 from gaussnet.denoisers import GaussianDenoiser
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
+from gaussnet.experiments.shared import in_words, numbers, quartiles, ranges
 from gaussnet.plots.latent import latent
 from gaussnet.probes.geometry import scheduler_states, trajectory_rows
 
@@ -85,15 +87,13 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
     if options.latents is None and setting.data is None:
         raise ValueError("expected images to encode (--data) or a file of latents (--latents), got neither")
     _path(setting, options)
-    starts = range(0, options.seeds, SEEDS_A_UNIT)
-    return [f"seeds={first}-{min(first + SEEDS_A_UNIT, options.seeds) - 1}" for first in starts]
+    return [f"seeds={seeds}" for seeds in ranges(options.seeds, SEEDS_A_UNIT)]
 
 
 @torch.no_grad()
 def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Row]:
     """The rows of a group: its trajectories, and where teleported ones end."""
-    first, last = map(int, unit.removeprefix("seeds=").split("-"))
-    seeds = range(first, last + 1)
+    seeds = numbers(unit.removeprefix("seeds="))
     work = _prepared(setting, options)
     shape = (1, *work.gaussian.event_shape)
     noise = torch.cat([torch.randn(shape, generator=setting.generator("latent", seed)) for seed in seeds])
@@ -111,7 +111,7 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
     table: list[Row] = []
     for skip in sorted({row["skip"] for row in jumps}):
         own = [row for row in jumps if row["skip"] == skip]
-        low, middle, high = np.percentile([row["rms"] for row in own], [25, 50, 75]).tolist()
+        low, middle, high = quartiles(row["rms"] for row in own)
         table.append(
             {
                 "skip": skip,
@@ -122,15 +122,14 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
             }
         )
     paths = [row for row in rows if row["kind"] == "geometry"]
-    shares = {name: np.percentile([row[name] for row in paths], [25, 50, 75]) for name in ("pc2", "pc3")}
-    told = [f"{middle:.4f} (quartiles {low:.4f} to {high:.4f})" for low, middle, high in shares.values()]
+    shares = [in_words(quartiles(row[name] for row in paths)) for name in ("pc2", "pc3")]
     missed, bound = (np.median([row[name] for row in paths]) for name in ("rotation_error", "rotation_bound"))
     last = min(row["sigma"] for row in rows if row["kind"] == "state")
     ends = [row["deviation"] for row in rows if row["kind"] == "state" and row["sigma"] == last]
     text = (
         f"Root mean square per dimension between teleported and plain last latents (median over {len(paths)} "
-        f"trajectories). In variance-preserving coordinates 2 principal components have {told[0]} of a "
-        f"trajectory's variance, 3 have {told[1]}. The rotation formula misses at most {missed:.3g} of a "
+        f"trajectories). In variance-preserving coordinates 2 principal components have {shares[0]} of a "
+        f"trajectory's variance, 3 have {shares[1]}. The rotation formula misses at most {missed:.3g} of a "
         f"state's length (median of the largest errors; the latent Gaussian's bound: {bound:.3g}). The last "
         f"latents deviate from the Gaussian's by {np.median(ends):.3g} per dimension."
     )
@@ -319,10 +318,10 @@ def load_latents(path: str | Path) -> Tensor:
         FileNotFoundError: if there is none.
         ValueError: if it is not such an array.
     """
-    latents = np.load(path)
+    latents = MappedArray(Path(path)).array
     if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
         raise ValueError(f"{path}: expected floats (N, C, H, W), got {latents.dtype} {latents.shape}")
-    return torch.from_numpy(latents).float()
+    return torch.from_numpy(latents.astype(np.float32))
 
 
 def _coder(pipeline: Any) -> Any:

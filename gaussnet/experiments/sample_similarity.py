@@ -16,32 +16,26 @@ from torch import Tensor
 
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
-from gaussnet.experiments.trajectory_deviation import PLAIN_SOLVERS
+from gaussnet.experiments.shared import add_references, add_sampling, numbers, ranges
 from gaussnet.metrics import to_uint8
 from gaussnet.metrics.perceptual import DISTANCES, load_distance
 from gaussnet.plots.similarity import sample_similarity
-from gaussnet.probes.trajectories import exact_sample, paired_difference
+from gaussnet.probes.pairs import paired_difference
+from gaussnet.probes.trajectories import exact_sample
 from gaussnet.samplers import SOLVERS, karras_sigmas
 
 SOURCE = "Fig. 8, 18, Appendix A.3"
 NEEDS_DATA = True
 CHUNK = 64  # samples of a unit
+IMAGE = "image"  # stands for a metric in the rows that hold examples
+LEVEL = 0.05  # of significance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--samples", type=int, default=256, help="their number (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=18, help="of EDM's grid (default %(default)s)")
-    parser.add_argument(
-        "--solver", choices=PLAIN_SOLVERS, default="heun", help="of the model (default %(default)s)"
-    )
-    parser.add_argument(
-        "--references",
-        nargs="+",
-        default=["gaussian", "mixture-10", "delta"],
-        metavar="NAME",
-        help="analytic denoisers (default: %(default)s)",
-    )
+    add_sampling(parser)
+    add_references(parser, "gaussian", "mixture-10", "delta")
     parser.add_argument(
         "--metrics", nargs="+", choices=DISTANCES, default=["mse"], help="distances (default: %(default)s)"
     )
@@ -59,14 +53,12 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         )
     for name in options.metrics:
         load_distance(name)  # fails now rather than after hours of sampling
-    starts = range(0, options.samples, CHUNK)
-    return [f"samples={start}-{min(start + CHUNK, options.samples) - 1}" for start in starts]
+    return [f"samples={seeds}" for seeds in ranges(options.samples, CHUNK)]
 
 
 def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Row]:
     """A row each sample, reference and metric; and the first samples themselves, as PNG in base64."""
-    first, last = map(int, unit.removeprefix("samples=").split("-"))
-    seeds = range(first, last + 1)
+    seeds = numbers(unit.removeprefix("samples="))
     noise = torch.cat([setting.noise(1, "sample", seed) for seed in seeds])
     sigmas = karras_sigmas(options.steps)
     samples = {"model": _sample_model(setting, options, noise, sigmas)}
@@ -85,7 +77,7 @@ def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Ro
                 {"seed": seed, "reference": name, "metric": metric, "distance": value}
                 for seed, value in zip(seeds, values, strict=True)
             ]
-    shown = max(0, options.examples - first)
+    shown = max(0, options.examples - seeds[0])
     rows += [
         {"seed": seed, "reference": name, "metric": IMAGE, "image": encoded(image)}
         for name, images in samples.items()
@@ -128,10 +120,6 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
         "of 95%, p is of Wilcoxon's signed-rank test, not corrected for the number of comparisons."
     )
     return Reading(table, " ".join(texts))
-
-
-IMAGE = "image"  # stands for a metric in the rows that hold examples
-LEVEL = 0.05
 
 
 def encoded(image: Tensor) -> str:

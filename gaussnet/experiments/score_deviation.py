@@ -9,6 +9,7 @@ from typing import Any
 from gaussnet import plots
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
+from gaussnet.experiments.shared import add_references
 from gaussnet.probes import KINDS, PAPER_SIGMAS, ScoreProbe
 
 SOURCE = "Fig. 6, Eq. 28"
@@ -20,13 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--queries", type=int, default=256, help="a level and kind (default %(default)s)")
     parser.add_argument("--sigmas", type=float, nargs="+", default=list(PAPER_SIGMAS), metavar="SIGMA")
-    parser.add_argument(
-        "--references",
-        nargs="+",
-        default=["point", "isotropic", "gaussian", "classes", "delta"],
-        metavar="NAME",
-        help="analytic denoisers (default: %(default)s)",
-    )
+    add_references(parser, "point", "isotropic", "gaussian", "classes", "delta")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of queries")
 
 
@@ -68,7 +63,7 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
         for sigma in sorted({row["sigma"] for row in shown})
     ]
     text = f"Unexplained variance of the score (mean over {shown[0]['count']} queries, {kind})."
-    for name in options.references:
+    for name in dict.fromkeys(options.references):
         level = level_from(shown, name, 0.01)
         where = f"from sigma = {level:g} up" if level is not None else "at no level"
         text += f" {name} explains more than 99% {where}."

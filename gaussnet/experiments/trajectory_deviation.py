@@ -10,6 +10,7 @@ import torch
 
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
+from gaussnet.experiments.shared import add_references, add_sampling
 from gaussnet.plots.trajectories import trajectory_deviation
 from gaussnet.probes.trajectories import (
     DIVERGED,
@@ -30,27 +31,14 @@ NEEDS_DATA = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--trajectories", type=int, default=64, help="their number (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=18, help="of EDM's grid (default %(default)s)")
-    parser.add_argument(
-        "--solver", choices=PLAIN_SOLVERS, default="heun", help="of the model (default %(default)s)"
-    )
-    parser.add_argument(
-        "--references",
-        nargs="+",
-        default=["gaussian", "mixture-10", "delta"],
-        metavar="NAME",
-        help="analytic denoisers (default: %(default)s)",
-    )
+    add_sampling(parser)
+    add_references(parser, "gaussian", "mixture-10", "delta")
     parser.add_argument(
         "--check",
         type=int,
         default=2,
         help="trajectories of each reference to solve by scipy, too (default %(default)s)",
     )
-
-
-# dpm_v3 needs statistics of the model, and a stochastic solver has no trajectory of its own.
-PLAIN_SOLVERS = [name for name in SOLVERS if name not in ("dpm_v3", "edm_stochastic")]
 
 
 def units(setting: Setting, options: argparse.Namespace) -> list[str]:

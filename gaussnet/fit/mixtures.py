@@ -290,7 +290,7 @@ def _maximise(
         history.append(float(torch.logsumexp(log_joint, 1).mean()))
         log.info("expectation maximisation, step %d: log-likelihood %.6g per sample", step, history[-1])
         responsibilities = torch.softmax(log_joint, 1)
-    return shares * len(flat), means, parts, names[_likeliest(log_joint)], history  # pyright: ignore[reportPossiblyUnbound]
+    return shares * len(flat), means, parts, names[_likeliest(log_joint)], history  # pyright: ignore[reportPossiblyUnboundVariable, reportReturnType]
 
 
 def _likeliest(log_joint: Tensor) -> Tensor:

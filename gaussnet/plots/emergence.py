@@ -67,14 +67,14 @@ def rotation(axis: Any, states: Rows, paths: Rows, trajectories: int = 12) -> No
         trajectories: shown in the inset, at most.
     """
     above = [row for row in states if row["sigma"] > 0]
-    sigmas, low, middle, high = over_sigma(above, "rotation_error")
+    sigmas, low, middle, high = quartiles_over(above, "rotation_error")
     axis.fill_between(sigmas, low, high, color="tab:blue", alpha=0.25, lw=0)
     axis.plot(sigmas, middle, color="tab:blue", lw=1.4, label="model")
     for name, label, style in (
         ("gaussian_error", "Gaussian", {"color": "tab:orange", "lw": 1.4}),
         ("rotation_bound", "bound of the Gaussian", {"color": "0.3", "lw": 1, "ls": "--"}),
     ):
-        sigmas, _, middle, _ = over_sigma(above, name)
+        sigmas, _, middle, _ = quartiles_over(above, name)
         axis.plot(sigmas, middle, label=label, **style)
     top = max(float(line.get_ydata().max()) for line in axis.get_lines())
     axis.set(xscale="log", xlabel=r"$\sigma$", ylabel=r"$\|R_t\|\,/\,\|x_t\|$", ylim=(0, 1.75 * top))
@@ -96,6 +96,21 @@ def rotation(axis: Any, states: Rows, paths: Rows, trajectories: int = 12) -> No
     inset.tick_params(labelsize=7, pad=1)
     inset.set_xlabel(r"along $x_T$", fontsize=7, labelpad=-5)
     inset.set_ylabel("across", fontsize=7, labelpad=-3)
+
+
+def quartiles_over(
+    rows: Rows, name: str, place: str = "sigma"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The quartiles of a column at each value of another one.
+
+    Returns:
+        The values of `place`, in order, and the quartiles: four arrays.
+    """
+    groups: dict[float, list[float]] = {}
+    for row in sorted(rows, key=lambda row: row[place]):
+        groups.setdefault(row[place], []).append(row[name])
+    low, middle, high = np.array([np.percentile(values, [25, 50, 75]) for values in groups.values()]).T
+    return np.array(list(groups)), low, middle, high
 
 
 def _denoised(axis: Any, exact: Rows, measured: Rows, colours: Mapping[int, Any]) -> None:
@@ -145,24 +160,9 @@ def _gains(axis: Any, exact: Rows, measured: Rows, colours: Mapping[int, Any]) -
         )
         axis.plot(*zip(*line, strict=True), color=colour, lw=1.2)
         own = [row for row in measured if row["feature"] == feature]
-        sigmas, low, middle, high = over_sigma(own, "gain")
+        sigmas, low, middle, high = quartiles_over(own, "gain")
         bars = np.stack([middle - low, high - middle])
         axis.errorbar(sigmas, middle, bars, fmt="o", color=colour, ms=3, lw=0.8, capsize=1.5)
     axis.set(xscale="log", xlabel=r"$\sigma$ of the perturbation", ylabel="gain in the sample")
     axis.set_title("Perturbations along eigenvectors", fontsize=10)
     axis.grid(alpha=0.25)
-
-
-def over_sigma(
-    rows: Rows, name: str, over: str = "sigma"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The quartiles of a column at each level, or each value of another column.
-
-    Returns:
-        The levels, in order, and the quartiles: four arrays.
-    """
-    groups: dict[float, list[float]] = {}
-    for row in sorted(rows, key=lambda row: row[over]):
-        groups.setdefault(row[over], []).append(row[name])
-    low, middle, high = np.array([np.percentile(values, [25, 50, 75]) for values in groups.values()]).T
-    return np.array(list(groups)), low, middle, high

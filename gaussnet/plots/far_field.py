@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gaussnet.plots.style import pyplot
+from gaussnet.plots.style import QUERIES, pyplot
 
 _LOOKS = {"order-1": "tab:green", "order-2": "tab:blue", "gaussian": "tab:orange"}
 
@@ -32,7 +32,6 @@ def far_field_panels(rows: Sequence[Mapping[str, Any]], far: float) -> Any:
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(5.2 * len(kinds), 4), sharey=True, squeeze=False, layout="constrained"
     )
-    titles = {"noised": "queries: noised data", "noise": r"queries: N(0, $\sigma^2$)"}
     ends = [extreme(row["ratio"] for row in rows) for extreme in (min, max)]
     for axis, kind in zip(axes[0], kinds, strict=True):
         for name, colour in _LOOKS.items():
@@ -50,7 +49,7 @@ def far_field_panels(rows: Sequence[Mapping[str, Any]], far: float) -> Any:
             xscale="log",
             yscale="log",
             xlabel=r"$\sigma\,/\,\sqrt{\mathrm{tr}\,\Sigma}$",
-            title=titles.get(kind, kind),
+            title=QUERIES.get(kind, kind),
         )
         axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel("relative error of the score")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussnet.plots.emergence import over_sigma, rotation
+from gaussnet.plots.emergence import quartiles_over, rotation
 from gaussnet.plots.style import pyplot
 
 
@@ -32,12 +32,13 @@ def latent(rows: Sequence[Mapping[str, Any]], trajectories: int = 12) -> Any:
             raise ValueError(f"expected rows of the kind {kind!r}, got none")
     figure, axes = pyplot().subplots(1, 3, figsize=(16, 4.3), layout="constrained")
     rotation(axes[0], kept["state"], kept["geometry"], trajectories)
-    sigmas, low, middle, high = over_sigma([row for row in kept["state"] if row["sigma"] > 0], "deviation")
+    above = [row for row in kept["state"] if row["sigma"] > 0]
+    sigmas, low, middle, high = quartiles_over(above, "deviation")
     axes[1].fill_between(sigmas, low, high, color="tab:blue", alpha=0.25, lw=0)
     axes[1].plot(sigmas, middle, color="tab:blue", lw=1.4)
     axes[1].set(xscale="log", xlabel=r"$\sigma$", ylabel="RMS per dimension")
     axes[1].set_title("Deviation from the latent Gaussian's trajectory", fontsize=10)
-    skips, low, middle, high = over_sigma(kept["teleport"], "rms", "skip")
+    skips, low, middle, high = quartiles_over(kept["teleport"], "rms", "skip")
     axes[2].errorbar(
         skips,
         middle,
@@ -50,6 +51,6 @@ def latent(rows: Sequence[Mapping[str, Any]], trajectories: int = 12) -> Any:
     )
     axes[2].set(xlabel="steps skipped", ylabel="RMS per dimension", ylim=(0, None))
     axes[2].set_title("Teleported against plain samples", fontsize=10)
-    axes[2].grid(alpha=0.25)
-    axes[1].grid(alpha=0.25)
+    for axis in axes[1:]:
+        axis.grid(alpha=0.25)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussnet.plots.style import DPI, pyplot
+from gaussnet.plots.style import DPI, LEFT, pyplot, save
 from gaussnet.plots.style import colours as colours_of
 from gaussnet.probes import minima
 
@@ -89,7 +90,7 @@ def dynamics_panels(
             drawn = np.isfinite(means) & (means > 0)
             scale = "log" if drawn.any() else scale
             axis.plot(
-                np.maximum(steps, 0.5),
+                np.maximum(steps, LEFT),
                 np.where(drawn, means, np.nan),
                 label=reference,
                 color=colour,
@@ -97,7 +98,7 @@ def dynamics_panels(
             )
             least = closest[sigma, reference]
             if least["minimum"] > 0:
-                axis.plot(max(least["step"], 0.5), least["minimum"], "o", color=colour, ms=4)
+                axis.plot(max(least["step"], LEFT), least["minimum"], "o", color=colour, ms=4)
         axis.set(xscale="log", yscale=scale, title=f"$\\sigma$ = {sigma:g}")
         axis.grid(alpha=0.25, which="major")
     for axis in axes.flat[len(sigmas) :]:
@@ -124,7 +125,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws the training loss, on logarithmic axes, and the throughput under it.
 
     Args:
-        rows: of a run's metrics: step, loss, images_per_second.
+        rows: of a run's metrics: step, loss (None where it was not finite: a gap), images_per_second.
         path: of the picture.
 
     Raises:
@@ -134,7 +135,8 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         raise ValueError("expected at least one row of metrics, got none")
     plt = pyplot()
     steps, losses, speeds = (
-        [float(row[name]) for row in rows] for name in ("step", "loss", "images_per_second")
+        [math.nan if row[name] is None else float(row[name]) for row in rows]
+        for name in ("step", "loss", "images_per_second")
     )
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(6, 5), sharex=True, height_ratios=(2, 1), layout="constrained"
@@ -174,5 +176,4 @@ def image_rows(rows: Mapping[str, Tensor], path: str | Path, columns: int = 12) 
         axis.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gaussnet.plots.style import colours, pyplot
+from gaussnet.plots.style import QUERIES, colours, pyplot
 
 
 def score_deviation(
@@ -32,7 +32,6 @@ def score_deviation(
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(5.2 * len(kinds), 4), sharey=True, squeeze=False, layout="constrained"
     )
-    titles = {"noised": "queries: noised data", "noise": r"queries: N(0, $\sigma^2$)"}
     for axis, kind in zip(axes[0], kinds, strict=True):
         for reference, colour in colours(row["reference"] for row in chosen).items():
             line = sorted(
@@ -44,7 +43,7 @@ def score_deviation(
                 axis.plot(*zip(*line, strict=True), "o-", ms=3, lw=1.4, color=colour, label=reference)
         for mark in marks:
             axis.axvline(mark, color="tab:red", lw=0.6, ls="--", alpha=0.5)
-        axis.set(xscale="log", yscale="log", xlabel=r"$\sigma$", title=titles.get(kind, kind))
+        axis.set(xscale="log", yscale="log", xlabel=r"$\sigma$", title=QUERIES.get(kind, kind))
         axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel(f"unexplained variance of the {quantity}")
     axes[0, -1].legend(frameon=False, fontsize=9)

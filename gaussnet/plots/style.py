@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 
 DPI = 130
+LEFT = 0.5  # where step 0 is drawn on a logarithmic axis
+QUERIES = {"noised": "queries: noised data", "noise": r"queries: N(0, $\sigma^2$)"}  # titles by kind
+
 _FIXED = {"isotropic": "0.6", "gaussian": "tab:orange", "marginal": "tab:red", "delta": "black"}
 
 
@@ -39,7 +42,7 @@ def colours(references: Iterable[str]) -> dict[str, Any]:
     names = set(references)
     graded = sorted(
         (name for name in names if name not in _FIXED),
-        key=lambda name: (int((re.findall(r"\d+", name) or [0])[-1]), name),
+        key=lambda name: (int((re.findall(r"\d+", name) or [0])[0]), name),  # of mixture-KrR, K
     )
     shades = pyplot().get_cmap("Blues")(np.linspace(1.0, 0.35, len(graded)))[::-1]
     *coarse, finest = _FIXED

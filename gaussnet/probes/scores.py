@@ -27,6 +27,8 @@ PAPER_SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0,
 KINDS = ("noised", "noise")
 QUANTITIES = ("score", "denoiser")
 
+_CURVE = ("weights", "sigma", "queries", "reference", "quantity")  # which tell curves apart
+
 
 def unexplained_variance(target: Tensor, approx: Tensor) -> Tensor:
     """The share of `target` that `approx` does not explain (Eq. 28), per query.
@@ -288,9 +290,6 @@ def minima(rows: Iterable[Mapping[str, Any]], tol: float = 0.05) -> list[dict[st
         values = {"step": step, "minimum": minimum, "last_step": last_step, "last": last}
         table.append({**dict(curve), **values, "left": last > (1 + tol) * minimum})
     return table
-
-
-_CURVE = ("weights", "sigma", "queries", "reference", "quantity")
 
 
 def _norms(denoised: Tensor, x: Tensor) -> Tensor:

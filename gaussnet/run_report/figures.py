@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gaussnet import plots
-from gaussnet.plots.style import pyplot
+from gaussnet.plots.style import LEFT, pyplot
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -25,7 +25,6 @@ _STYLE: dict[Any, Any] = {
     "savefig.facecolor": "none",
     "legend.frameon": False,
 }
-LEFT = 0.5  # where step 0 is drawn on a logarithmic axis
 
 Values = tuple[tuple[Any, ...], ...]
 
