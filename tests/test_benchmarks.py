@@ -243,7 +243,8 @@ def test_an_interruption_keeps_what_was_finished(folder: Path) -> None:
     )
     entries = "[bench.Entry(name) for name in ('tiny', 'broken', 'never')]"
     code = f"""
-import bench, pathlib, sys
+import bench, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell begin without
 folder = pathlib.Path({str(folder)!r})
 sys.exit(bench.main([], {entries}, folder, folder / "README.md"))
 """
