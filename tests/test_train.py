@@ -285,6 +285,20 @@ def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, opt
         assert model.sigma_gate == pytest.approx(5, rel=1e-3)
 
 
+def test_marginals_and_their_error_are_of_what_the_network_will_see(tmp_path: Path) -> None:
+    errors: list[torch.Tensor] = []
+    for options in (["data.xflip=true"], ["data.xflip=true", "augment.p=1", "augment.rotate_int=1"]):
+        config = tiny(tmp_path, *options)
+        data, accelerator = load_data(config.data), Accelerator(cpu=True)
+        analytic = fit_analytic(config, data, accelerator)
+        counts = analytic.marginal.marginals.log_weights
+        torch.testing.assert_close(counts, counts.flip(-2), msg="mirror images were not counted")
+        error = fit_wrapping(config, data, analytic, accelerator).error
+        assert error is not None
+        errors.append(error.values[15])
+    assert float(errors[1][0]) > 1.05 * float(errors[0][0])  # turned digits are not those of the fit
+
+
 def test_arms_begin_with_the_same_weights(tmp_path: Path) -> None:
     networks: list[torch.nn.Module] = []
     for options in (["precond=edm"], [], ["bypass.show_gaussian=false"], ["bypass.base=blend"]):
