@@ -4,12 +4,17 @@ Examples are run as doctests (`--doctest-modules`); here they must exist.
 """
 
 import inspect
+import logging
 import re
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import griffe
 import pytest
+
+import gaussnet
 
 PACKAGES = ("samplers", "probes", "metrics", "networks", "fit", "data", "denoisers", "experiments")
 MODULES = ["gaussnet", *(f"gaussnet.{name}" for name in PACKAGES)]
@@ -87,3 +92,21 @@ def test_method_tells(name: str) -> None:
     doc = inspect.getdoc(METHODS[name]) or ""
     assert doc, "expected a docstring, its own or that of the method it overrides"
     assert section(doc, "Raises") or not re.search(r"\braise\b", code(METHODS[name])), "Raises"
+
+
+def test_docstrings_fit_their_signatures(caplog: pytest.LogCaptureFixture) -> None:
+    """As `make docs` reads them, where such a warning is an error."""
+    package = griffe.load(
+        "gaussnet",
+        search_paths=[Path(gaussnet.__file__).parents[1]],
+        docstring_parser="google",
+        docstring_options={"returns_named_value": False, "returns_multiple_items": False},
+        allow_inspection=False,
+    )
+    objects: list[griffe.Object | griffe.Alias] = [package]
+    with caplog.at_level(logging.WARNING):
+        for each in objects:
+            objects += [member for member in each.members.values() if not member.is_alias]
+            assert each.docstring is None or each.docstring.parsed
+    assert len(objects) > 1000
+    assert [record.getMessage() for record in caplog.records] == []

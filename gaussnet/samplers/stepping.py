@@ -36,20 +36,6 @@ History = Sequence[tuple[float, Tensor, Tensor]]
 class Solver(Protocol):
     """A function that takes the state at sigmas[0] to the state at 0.
 
-    Args:
-        denoiser: any denoiser.
-        x: state at sigmas[0], (B, *event_shape).
-        sigmas: decreasing levels that end in 0, shape (n + 1,).
-        class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
-        callback: called with a dict at each step: x, i, sigma, sigma_hat, denoised.
-        dtype: in which the state is kept and returned; default: that of x.
-
-    Returns:
-        The state at 0, of the shape of x.
-
-    Raises:
-        ValueError: if the grid does not decrease to 0.
-
     Example:
         >>> from gaussnet import GaussianDenoiser, karras_sigmas, teleport
         >>> def at_once(denoiser, x, sigmas, *, class_labels=None, callback=None, dtype=None):
@@ -68,7 +54,24 @@ class Solver(Protocol):
         class_labels: Tensor | None = None,
         callback: Callback | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Integrates the probability flow from one level to the next, down to 0.
+
+        Args:
+            denoiser: any denoiser.
+            x: state at sigmas[0], (B, *event_shape).
+            sigmas: decreasing levels that end in 0, shape (n + 1,).
+            class_labels: handed to the denoiser, integers (B,) or one-hot rows (B, classes).
+            callback: called with a dict at each step: x, i, sigma, sigma_hat, denoised.
+            dtype: in which the state is kept and returned; default: that of x.
+
+        Returns:
+            The state at 0, of the shape of x.
+
+        Raises:
+            ValueError: if the grid does not decrease to 0.
+        """
+        ...
 
 
 def start(
