@@ -69,14 +69,15 @@ class Task:
     arms: tuple[str, ...] = HEADLINE
     seeds: int = 2
     steps: int = 1500
-    rates: bool = True  # whether arms choose their learning rate here, or take that of the task `core`
+    rates: tuple[float, ...] = RATES  # of which arms choose one; none: they take that of the task `core`
+    widths: tuple[int, ...] = ()  # of a network that sees 1, 2, 3 images, where inputs are many parameters
     features: str | None = None
 
 
 N = "network.arguments"
 NO_UNET = (f"{N}.channel_mult=null", f"{N}.attn_resolutions=null", f"{N}.num_blocks=4")
 DIT = (*NO_UNET, "network.name=DiT", f"{N}.model_channels=128", f"{N}.patch_size=4", f"{N}.num_heads=4")
-MLP = (*NO_UNET, "network.name=MLP", f"{N}.model_channels=512")
+MLP = (*NO_UNET, "network.name=MLP")
 MINI_EDM = ("data.pad=2", "network.arguments.channel_mult=[1,2,3,4]")
 UNET = "network.arguments.model_channels=24"
 FEATURES = "tests/fixtures/mnist_features"
@@ -86,10 +87,10 @@ TASKS: dict[str, Task] = {
     "digits": Task(("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]")),
     "patches": Task(("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET)),
     "dit": Task(("data.source={mnist}", *DIT)),
-    "mlp": Task(("data.source={mnist}", *MLP)),
-    "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), rates=False, features=FEATURES),
-    "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), rates=False, features=FEATURES),
-    "long": Task(("data.source={mnist}", *MINI_EDM), seeds=1, steps=10_000, rates=False, features=FEATURES),
+    "mlp": Task(("data.source={mnist}", *MLP), rates=(1e-3, 2e-3, 4e-3), widths=(512, 492, 474)),
+    "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), rates=(), features=FEATURES),
+    "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), rates=(), features=FEATURES),
+    "long": Task(("data.source={mnist}", *MINI_EDM), seeds=1, steps=10_000, rates=(), features=FEATURES),
 }
 
 
@@ -118,20 +119,28 @@ def runs(
     for seed in range(-1, spec.seeds if seeds is None else seeds):
         for arm in arms:
             keys = tuple(key.format(**data) for key in spec.keys) + ARMS[arm]
+            if spec.widths:
+                keys += (f"{N}.model_channels={spec.widths[images_seen(arm) - 1]}",)
             if seed < 0:
-                if spec.rates:
-                    for lr in RATES:
-                        yield Run(task, arm, RATE_SEED, lr, spec.steps // SHORT, keys)
+                for lr in spec.rates:
+                    yield Run(task, arm, RATE_SEED, lr, spec.steps // SHORT, keys)
                 continue
             rate = best_rate(task if spec.rates else "core", arm, folder)
             if rate is not None:
                 yield Run(task, arm, seed, rate, spec.steps, keys)
 
 
+def images_seen(arm: str) -> int:
+    """How many images the network of an arm is shown: the noisy one, D_gauss, D_m."""
+    if "precond=edm" in ARMS[arm] or HIDDEN in ARMS[arm]:
+        return 1
+    return 3 if "bypass.base=marginal" in ARMS[arm] else 2
+
+
 def best_rate(task: str, arm: str, folder: Path) -> float | None:
     """The learning rate of the lowest error in the short runs; None while one of them is missing."""
     errors: dict[float, float] = {}
-    for lr in RATES:
+    for lr in TASKS[task].rates:
         path = folder / Run(task, arm, RATE_SEED, lr, 0).name
         if not (path / "report.md").is_file():
             return None

@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 from bench import replace_block, write
-from bypass_ablation import ARMS, HERE, RATE_SEED, RATES, TABLES, TASKS, read
+from bypass_ablation import ARMS, HERE, RATE_SEED, TABLES, TASKS, read
 from scipy import stats
 
 from gaussnet.plots.style import pyplot, save
@@ -38,7 +38,7 @@ def rates() -> dict[tuple[str, str], float]:
     """(task, arm) -> the learning rate that its short runs chose."""
     logs: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(TABLES / "errors.csv"):
-        if int(row["seed"]) == RATE_SEED and float(row["lr"]) in RATES:
+        if int(row["seed"]) == RATE_SEED and float(row["lr"]) in TASKS[row["task"]].rates:
             logs[row["task"], row["arm"]][float(row["lr"])].append(math.log(float(row["error"])))
     return {key: min(by_rate, key=lambda lr: np.mean(by_rate[lr])) for key, by_rate in logs.items()}
 
