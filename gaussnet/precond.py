@@ -31,11 +31,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from gaussnet.bypass_parts import Base, Centre, check_options, check_parts
 from gaussnet.covariance import Covariance
 from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
 from gaussnet.fit.streams import Data
@@ -44,9 +45,6 @@ from gaussnet.hub import build, describe
 from gaussnet.measured import MeasuredError
 from gaussnet.network_denoiser import NetworkDenoiser, check_channels, check_range, range_arguments
 from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, level_dtype, result_dtype
-
-Centre = Literal["pixel", "channel"]
-Base = Literal["blend", "gaussian", "isotropic", "marginal"]
 
 
 class BypassPrecond(NetworkDenoiser):
@@ -103,19 +101,8 @@ class BypassPrecond(NetworkDenoiser):
         shown = show_gaussian * (1 + (marginals is not None))
         told = f" and {show_gaussian=}{', with marginals' * (marginals is not None)}"
         check_channels(network, gaussian.event_shape, 1 + shown, 1, type(self).__name__, told)
-        if not float(gaussian.variance) > 0:
-            raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
-        if base not in get_args(Base):
-            raise ValueError(f"expected base to be one of {', '.join(get_args(Base))}, got {base!r}")
-        if centre not in get_args(Centre):
-            raise ValueError(f"expected centre to be one of {', '.join(get_args(Centre))}, got {centre!r}")
-        _check_parts(network, gaussian, base, whiten, marginals, error)
-        if not 0 <= gate_tol < 1:
-            raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
-        if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):
-            raise ValueError(
-                f"expected a finite sigma_data > 0, with base='isotropic', got {sigma_data} with {base!r}"
-            )
+        check_options(base, centre, gate_tol, sigma_data)
+        check_parts(network, gaussian, base, whiten, marginals, error)
         self.model = network
         self.gaussian = gaussian
         self.gate = gate
@@ -377,39 +364,3 @@ class BypassPrecond(NetworkDenoiser):
             described = options.get(name)  # older models do not tell of marginals
             options[name] = None if described is None else build(described)
         return cls(**options)
-
-
-def _check_parts(
-    network: nn.Module,
-    gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
-    base: Base,
-    whiten: bool,
-    marginals: Marginals | None,
-    error: MeasuredError | None,
-) -> None:
-    """Raises a ValueError unless the parts of a base make one."""
-    if isinstance(gaussian, GaussianMixtureDenoiser):
-        if error is None:
-            raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
-        if whiten:
-            raise ValueError("expected whiten=False with a mixture, which has no one covariance")
-        if gaussian.component_labels is not None and getattr(network, "label_dropout", 0):
-            raise ValueError(
-                "expected a network with label_dropout=0 in a class-conditional base, got "
-                f"{network.label_dropout}: drop labels before the model, where both of them see it"
-            )
-    if (base == "marginal") != (marginals is not None):
-        raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
-    if marginals is not None:
-        if error is None or not isinstance(gaussian, GaussianDenoiser):
-            raise ValueError(
-                "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
-                f"got a {type(gaussian).__name__} and error={error}"
-            )
-        if error.other not in ("", MarginalDenoiser.__name__):
-            raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
-        if marginals.event_shape != gaussian.event_shape:
-            shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
-            raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
-    elif error is not None and error.other == MarginalDenoiser.__name__:
-        raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")

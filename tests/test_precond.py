@@ -42,7 +42,7 @@ from gaussnet import (
     heun,
     karras_sigmas,
 )
-from gaussnet.precond import Base
+from gaussnet.bypass_parts import Base
 
 GATE = Gate(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0.9, 0.6, 0.1]))
 

@@ -14,9 +14,9 @@ from typing import Any, cast, get_args
 
 from omegaconf import MISSING
 
+from gaussnet.bypass_parts import Base, Centre
 from gaussnet.fit.spectrum import SHRINKAGES
 from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet
-from gaussnet.precond import Base, Centre
 from gaussnet.probes import PAPER_SIGMAS
 from train.augment import AugmentConfig
 

@@ -24,11 +24,11 @@ from gaussnet import (
     Marginals,
     MeasuredError,
 )
+from gaussnet.bypass_parts import Centre
 from gaussnet.gate import SIGMAS
 from gaussnet.networks.blocks import UNetBlock
 from gaussnet.networks.dit import DiTBlock
 from gaussnet.networks.mlp import MLPBlock
-from gaussnet.precond import Centre
 from train.augment import apply, draw, label_dim
 from train.config import NETWORKS, BypassGaussian, Config, ConfigError, Precond
 from train.data import Data, fit_source, generator_for

@@ -1,0 +1,65 @@
+"""What a bypass can be made of, and what does not go together."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+from torch import nn
+
+from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
+from gaussnet.measured import MeasuredError
+
+Centre = Literal["pixel", "channel"]
+Base = Literal["blend", "gaussian", "isotropic", "marginal"]
+
+
+def check_options(base: str, centre: str, gate_tol: float, sigma_data: float | None) -> None:
+    """Raises a ValueError unless the options of a `BypassPrecond` are possible."""
+    for name, value, known in (("base", base, get_args(Base)), ("centre", centre, get_args(Centre))):
+        if value not in known:
+            raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+    if not 0 <= gate_tol < 1:
+        raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
+    if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):
+        raise ValueError(
+            f"expected a finite sigma_data > 0, with base='isotropic', got {sigma_data} with {base!r}"
+        )
+
+
+def check_parts(
+    network: nn.Module,
+    gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
+    base: Base,
+    whiten: bool,
+    marginals: Marginals | None,
+    error: MeasuredError | None,
+) -> None:
+    """Raises a ValueError unless the parts of a base make one."""
+    if not float(gaussian.variance) > 0:
+        raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
+    if isinstance(gaussian, GaussianMixtureDenoiser):
+        if error is None:
+            raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
+        if whiten:
+            raise ValueError("expected whiten=False with a mixture, which has no one covariance")
+        if gaussian.component_labels is not None and getattr(network, "label_dropout", 0):
+            raise ValueError(
+                "expected a network with label_dropout=0 in a class-conditional base, got "
+                f"{network.label_dropout}: drop labels before the model, where both of them see it"
+            )
+    if (base == "marginal") != (marginals is not None):
+        raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
+    if marginals is not None:
+        if error is None or not isinstance(gaussian, GaussianDenoiser):
+            raise ValueError(
+                "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
+                f"got a {type(gaussian).__name__} and error={error}"
+            )
+        if error.other not in ("", MarginalDenoiser.__name__):
+            raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
+        if marginals.event_shape != gaussian.event_shape:
+            shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
+            raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
+    elif error is not None and error.other == MarginalDenoiser.__name__:
+        raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")
