@@ -43,6 +43,7 @@ from gaussnet import (
     karras_sigmas,
 )
 from gaussnet.bypass_parts import Base
+from gaussnet.gate import find_sigma_gate
 
 GATE = Gate(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0.9, 0.6, 0.1]))
 
@@ -182,6 +183,18 @@ def test_inputs_have_unit_variance_about_either_centre(sigma: float) -> None:
     isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
     scale = (isotropic.variance + sigma**2).sqrt()
     torch.testing.assert_close(seen["pixel"] * scale, x - gaussian.mean)
+
+
+def test_the_mean_colour_is_one_of_each_channel() -> None:
+    mean = torch.arange(3.0).reshape(3, 1, 1) + torch.linspace(-0.5, 0.5, 16).reshape(4, 4)
+    x, net = randn(2, 3, 4, 4, dtype=torch.float32), Recorder()
+    model = BypassPrecond(
+        net, GaussianDenoiser.isotropic(mean, 0.2), base="gaussian", show_gaussian=False, centre="channel"
+    )
+    model(x, 0.3)
+    v = 0.2 + (mean - mean.mean((1, 2), keepdim=True)).square().mean()
+    expected = (x - torch.arange(3.0).reshape(3, 1, 1)) / (v + 0.09).sqrt()
+    torch.testing.assert_close(net.calls[0][0], expected)
 
 
 @shown
@@ -417,13 +430,22 @@ def test_measured_error_takes_the_place_of_the_closed_form() -> None:
             assert float(variance) == pytest.approx(1, abs=0.15), (base, sigma)
 
 
-def test_fit_is_each_fit_by_hand() -> None:
+@pytest.mark.parametrize("mirror", [False, True], ids=["as-they-are", "mirrored"])
+@pytest.mark.parametrize("given", [False, True], ids=["fitted", "given"])
+def test_fit_is_each_fit_by_hand(given: bool, mirror: bool) -> None:
     data, heldout = train_digits(torch.float32), held_out_digits(torch.float32)
     net = tiny_unet(in_channels=3)
-    model = BypassPrecond.fit(net, data, heldout, generator=torch.Generator().manual_seed(5)).eval()
+    gaussian = GaussianDenoiser.fit(data[:500]) if given else GaussianDenoiser.fit(data, mirror=mirror)
+    model = BypassPrecond.fit(
+        net,
+        data,
+        heldout,
+        gaussian=gaussian if given else None,
+        mirror=mirror,
+        generator=torch.Generator().manual_seed(5),
+    ).eval()
     generator = torch.Generator().manual_seed(5)
-    gaussian = GaussianDenoiser.fit(data)
-    other = MarginalDenoiser.fit(data, gaussian, generator=generator)
+    other = MarginalDenoiser.fit(data, gaussian, generator=generator, mirror=mirror)
     error = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
     gate = Gate.fit(gaussian, data, generator=generator)
     expected = BypassPrecond(
@@ -442,7 +464,7 @@ def test_fit_of_other_bases_and_what_is_given() -> None:
     )
     assert model.gaussian is gaussian
     assert model.gate is model.marginals is model.error is None
-    with pytest.raises(ValueError, match="heldout samples with base='marginal', got None"):
+    with pytest.raises(ValueError, match=r"^expected heldout samples with base='marginal', got None$"):
         BypassPrecond.fit(tiny_unet(in_channels=3), data)
     with pytest.raises(ValueError, match=r"in_channels=3 .* got in_channels=1"):
         BypassPrecond.fit(tiny_unet(), data[:50], held_out_digits(torch.float32))
@@ -637,14 +659,16 @@ def _agreeing() -> tuple[EDMPrecond, GaussianDenoiser]:
 
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 4.9])
 def test_from_edm_is_the_model_below_the_gate(sigma: float) -> None:
-    edm = EDMPrecond(tiny_unet(label_dim=4, augment_dim=9), sigma_data=0.7, sigma_max=80).eval()
+    edm = EDMPrecond(
+        tiny_unet(label_dim=4, augment_dim=9), sigma_data=0.7, sigma_min=0.002, sigma_max=80
+    ).eval()
     model = BypassPrecond.from_edm(edm, denoiser("gaussian-full", torch.float32), sigma_gate=5.0)
     x, labels, augment = noised(sigma, 4, torch.float32), torch.arange(4), torch.rand(4, 9)
     out = model(x, sigma, labels, augment_labels=augment)
     assert relative_error(out, edm(x, sigma, labels, augment_labels=augment)) < 1e-6
     torch.testing.assert_close(model.c_out(sigma), edm.c_out(sigma))
     assert model.model is edm.model
-    assert (model.sigma_max, model.training) == (80, False)
+    assert (model.sigma_min, model.sigma_max, model.training) == (0.002, 80, False)
 
 
 def test_from_edm_is_the_gaussian_above_it() -> None:
@@ -662,6 +686,12 @@ def test_from_edm_finds_the_gate() -> None:
     generator = torch.Generator().manual_seed(0)
     model = BypassPrecond.from_edm(edm, gaussian, tol=0.05, generator=generator)
     assert 1 < model.sigma_gate < 20
+    for n_queries in (2, 64):
+        expected = find_sigma_gate(edm, gaussian, 0.05, n_queries, torch.Generator().manual_seed(1))
+        again = torch.Generator().manual_seed(1)
+        found = BypassPrecond.from_edm(edm, gaussian, tol=0.05, n_queries=n_queries, generator=again)
+        assert found.sigma_gate == pytest.approx(expected, rel=1e-4)
+        assert not again.get_state().equal(torch.Generator().manual_seed(1).get_state())
     x = gaussian.sample(512, model.sigma_gate, generator)
     ratio = (edm(x, model.sigma_gate) - gaussian(x, model.sigma_gate)).detach().square().mean()
     assert float(ratio / gaussian.bayes_error(model.sigma_gate)) ** 0.5 == pytest.approx(0.05, rel=0.3)
@@ -674,6 +704,18 @@ def test_from_edm_refuses_what_does_not_fit() -> None:
     wide = GaussianDenoiser.isotropic(torch.zeros(1, 8, 16), 1.0)
     with pytest.raises(ValueError, match=r"one event shape, got \(1, 8, 8\) and \(1, 8, 16\)"):
         BypassPrecond.from_edm(awake, wide)
+    with pytest.raises(ValueError, match="an EDMPrecond, with sigma_data, got base='isotropic'"):
+        BypassPrecond.from_edm(bypass(denoiser("isotropic"), base="isotropic"), denoiser("isotropic"))
+
+
+def test_facts_tell_the_base_and_where_the_network_rests() -> None:
+    gaussian = denoiser("gaussian-full", torch.float32)
+    facts = bypass(gaussian).facts()
+    assert facts["base"] == "blend"
+    assert facts["sigma_gate"] == "none: the network is evaluated at every level"
+    facts = bypass(gaussian, Gate.step(5.0), base="gaussian").facts()
+    assert facts["base"] == "gaussian"
+    assert facts["sigma_gate"] == "5: above it, the model is its Gaussian, without the network"
 
 
 def test_the_state_dict_keeps_the_network_under_model() -> None:
