@@ -221,13 +221,7 @@ class Pretrained(
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, config: dict[str, Any] | None = None, **hub_arguments: Any
-    ) -> Self:
-        if config is None:
-            raise FileNotFoundError(
-                f"no {CONFIG_NAME} in {model_id}: expected a folder that save_pretrained wrote"
-            )
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any], **hub_arguments: Any) -> Self:
         weights = _locate(model_id, WEIGHTS_NAME, hub_arguments)
         try:
             with _Bounded(weights.stat().st_size):

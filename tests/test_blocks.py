@@ -34,6 +34,12 @@ def test_fused_convolution_equals_unfused_inside() -> None:
     torch.testing.assert_close(out[..., inner, inner], expected[..., inner, inner])
 
 
+@pytest.mark.parametrize("resample", [None, "up"])
+def test_only_downsampling_is_fused(resample: Resampling | None) -> None:
+    with pytest.raises(ValueError, match=f"fused: got resample={resample!r}, expected 'down'"):
+        Conv2d(3, 4, 3, resample, fused=True)
+
+
 @pytest.mark.parametrize("channels_per_head", [None, 8])
 def test_attention_is_softmax_attention(channels_per_head: int | None) -> None:
     # The reference outputs cannot tell: their random weights attend almost uniformly.

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import torch
 from cases import digits, relative_error
 
-from gaussnet import DeltaDenoiser, GaussianDenoiser, GaussianMixtureDenoiser, from_pretrained
+from gaussnet import DeltaDenoiser, GaussianDenoiser, GaussianMixtureDenoiser, cli, from_pretrained
 from gaussnet.cli import main
+from gaussnet.processes import Processes
 
 
 @pytest.fixture
@@ -234,3 +236,22 @@ def test_two_processes_share_a_fit(tmp_path: Path) -> None:
     two = from_pretrained(tmp_path / "two")
     x = digits()[0].float()
     assert relative_error(two(x[:8], 0.2), GaussianDenoiser.fit(x)(x[:8], 0.2)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [["--components", "3"], ["--classes"], ["--delta"]], ids=" ".join)
+def test_other_models_are_fitted_by_one_process(
+    kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "joined_processes", lambda: nullcontext(Processes(rank=0, world=2)))
+    assert main(["fit", "digits", *kind, "--out", str(tmp_path / "out")]) == 2
+    message = "several processes share the fit of one Gaussian only: start one for a mixture"
+    assert capsys.readouterr().err == f"gaussnet fit: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Processes(rank=7, world=8).device("cuda") == torch.device("cuda", 3)
+    assert Processes(rank=7, world=8).device("cuda:1") == torch.device("cuda", 1), "as it was asked for"
+    assert Processes(rank=7, world=8).device("cpu") == torch.device("cpu")
+    assert Processes().device("cuda") == torch.device("cuda")

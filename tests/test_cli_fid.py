@@ -240,6 +240,7 @@ def share(rank: int, folder: str, out: str, ports: list[int]) -> None:
     calls = [
         [place / "seeds", *options(place, "--ref", place / "ref.npz", "--out", f"{out}/ref.json")],
         [place / "seeds", *options(place, "--data", place / "data.npz", "--out", f"{out}/data.json")],
+        ["--make-ref", place / "data.npz", "--out", f"{out}/ref.npz", "--features", place / "net"],
     ]
     for port, call in zip(ports, calls, strict=True):
         os.environ |= {
@@ -262,10 +263,28 @@ def free_ports(count: int) -> list[int]:
 
 
 def test_two_processes_find_what_one_does(folder: Path, tmp_path: Path) -> None:
-    multiprocessing.spawn(share, (str(folder), str(tmp_path), free_ports(2)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    multiprocessing.spawn(share, (str(folder), str(tmp_path), free_ports(3)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     for name, against in (("ref", folder / "ref.npz"), ("data", folder / "data.npz")):
         expected = results(folder, tmp_path, "seeds", f"--{name}", against)
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert list(found) == list(expected)
         for key, value in expected.items():
             assert found[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+    one, two = (FeatureStatistics.load(at / "ref.npz") for at in (folder, tmp_path))
+    assert two.count == one.count == 200
+    torch.testing.assert_close(two.mean, one.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two.cov, one.cov, rtol=1e-4, atol=1e-7)
+
+
+def test_without_out_it_only_prints(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(folder.iterdir())
+    fid(folder / "images.npz", *options(folder, "--ref", folder / "ref.npz"))
+    shown = re.search(r"\nFrechet distance +(\S+)\n", capsys.readouterr().out)
+    assert shown is not None
+    expected = results(folder, tmp_path, "images.npz", "--ref", folder / "ref.npz")["fid"]
+    assert float(shown[1]) == pytest.approx(expected, rel=1e-4)
+    assert sorted(folder.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "of the second call alone"

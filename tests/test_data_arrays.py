@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from gaussnet.data import ImageData, ImageError, open_images
+from gaussnet.data.arrays import open_npz
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 3, 5, 7), dtype=np.uint8)  # (N, C, H, W)
@@ -243,6 +244,39 @@ def test_bad_values_are_named_or_skipped(
     lines = [record.getMessage() for record in caplog.records]
     assert [f"skipping {path}, image {i}" in " ".join(lines) for i in (49, 50, 51)] == [False, True, True]
     assert f"{path}: skipped 2 images of 120" in lines
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_where_all_can_be_used_nothing_is_skipped(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path / f"x.{suffix}", FLOATS)
+    with caplog.at_level(logging.WARNING):
+        data = open_images(path, on_error="skip")
+    assert (len(data), data.skipped) == (6, 0)
+    assert data.tensor().equal(open_images(path).tensor())
+    assert not caplog.records
+
+
+def test_a_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.npz"):
+        open_npz(tmp_path / "gone.npz")
+
+
+def test_frames_need_a_black() -> None:
+    known, unknown = (
+        ImageData(torch.from_numpy(BYTES), name="mine"),
+        ImageData(torch.from_numpy(FLOATS), scaling="none", name="mine"),
+    )
+    for data, pixels in ((known, -1), (unknown, 2)):
+        with pytest.raises(
+            ValueError, match=f"mine: expected pixels >= 0 and a range with a black, got {pixels}"
+        ):
+            data.padded(pixels)
+    assert unknown.padded(0) is unknown
+    framed = known.padded(2).tensor()
+    assert framed[..., 2:-2, 2:-2].equal(known.tensor())
+    assert framed[..., :2, :].eq(-1).all()
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._utils import _rebuild_tensor_v2
 
 from gaussnet import EDMPrecond, from_pretrained, open_images
+from gaussnet.cli import main
 from gaussnet.edm_import import _check_size, import_edm
 from gaussnet.edm_pickle import read_edm_pickle
 from gaussnet.edm_preconds import VEPrecond, VPPrecond, iDDPMPrecond
@@ -208,6 +209,28 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "saved")
     again: Any = from_pretrained(tmp_path / "saved")
     assert again(x, sigma, labels).equal(model(x, sigma, labels))
+
+
+def test_the_command_imports_a_snapshot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, kwargs = MODELS["edm"]
+    model, out = make(), tmp_path / "saved"
+    kwargs = {"img_resolution": 8, "img_channels": 1, **kwargs}
+    command = [
+        "import-edm",
+        str(write(tmp_path / "a.pkl", "EDMPrecond", model.state_dict(), **kwargs)),
+        str(out),
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "| class | EDMPrecond |" in printed
+    assert printed.endswith(f"\n\nsaved to {out}\n")
+    loaded: Any = from_pretrained(out)
+    assert loaded.provenance == {"data": {"snapshot": "a.pkl"}}
+    x, sigma = randn(3, 1, 8, 8, dtype=torch.float32), torch.tensor([0.03, 1.0, 20.0])
+    assert loaded(x, sigma).equal(model(x, sigma))
+    assert main(command) == 2
+    assert "holds a EDMPrecond: choose another folder, or say --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
 
 
 def test_experiments_take_snapshots(tmp_path: Path) -> None:

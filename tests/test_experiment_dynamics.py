@@ -98,6 +98,18 @@ def test_tolerance() -> None:
         assert row["gaussian"] == cell
 
 
+def test_a_reference_that_a_level_lacks() -> None:
+    rows = [
+        {"step": step, "weights": "ema", "sigma": sigma, "queries": "noised", "reference": reference,
+         "quantity": "score", "mean": 1.0 / (1 + step)}
+        for step in (0, 5)
+        for sigma, reference in ((1.0, "gaussian"), (2.0, "gaussian"), (2.0, "delta"))
+    ]  # fmt: skip
+    first, second = learning_dynamics.read(rows, defaults(learning_dynamics)).table
+    assert first == {"sigma": 1.0, "gaussian": "0.167 @ 5", "delta": "-"}
+    assert second == {"sigma": 2.0, "gaussian": "0.167 @ 5", "delta": "0.167 @ 5"}
+
+
 def test_a_run_that_is_going_is_read_again(tmp_path: Path) -> None:
     folder, out, options = tmp_path / "run", tmp_path / "out", defaults(learning_dynamics)
     run_folder(folder, STEPS[:2])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, denoiser, tiny_unet
 from torch import Tensor
 
-from gaussnet import Covariance, GaussianDenoiser, karras_sigmas, open_images
+from gaussnet import Covariance, EDMPrecond, GaussianDenoiser, karras_sigmas, open_images
 from gaussnet.experiments import Setting, defaults, feature_emergence, run
 from gaussnet.experiments.running import SUFFIXES
 from gaussnet.flow import GaussianFlow
@@ -403,6 +403,26 @@ def test_the_gaussian_as_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(feature_emergence, "measure", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(feature_emergence, "draw", lambda *_: pyplot().figure())
     assert run("feature-emergence", feature_emergence, setting(), options, tmp_path) == reading
+
+
+@pytest.mark.parametrize("name", ["edm", "iddpm"])
+def test_levels_are_those_of_the_network(name: str, tmp_path: Path) -> None:
+    edm = EDMPrecond(tiny_unet(), sigma_min=0.01, sigma_max=50.0)
+    model: Any = edm if name == "edm" else denoiser("iddpm", torch.float32)
+    model.save_pretrained(tmp_path)
+    data = open_images("digits").subset(range(300))
+    rows = feature_emergence.measure(
+        Setting(str(tmp_path), data), defaults(feature_emergence, **SMALL), "psi"
+    )
+    found = torch.tensor(sorted({row["sigma"] for row in rows}, reverse=True)).double()
+    if name == "edm":
+        torch.testing.assert_close(found, karras_sigmas(48, 0.01, 50.0)[:-1], rtol=1e-6, atol=0)
+        return
+    table = model.u[: model.M].double()
+    gaps = (found[:, None] - table).abs().amin(1) / found
+    assert float(gaps.max()) < 1e-6, "levels that it was trained at"
+    assert 0.5 * 48 < len(found) <= 48
+    assert float(found[0]) == pytest.approx(float(table[(table - 80).abs().argmin()]), rel=1e-6)
 
 
 def test_a_seed_is_the_same_in_every_unit() -> None:

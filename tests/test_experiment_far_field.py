@@ -81,6 +81,8 @@ def test_error_from() -> None:
     rows = [{"ratio": ratio, "error": error} for ratio, error in errors.items()]
     assert error_from(rows, 0.1) == 0.5
     assert error_from(rows, 0.01) is None
+    assert error_from(rows, 0.5) == 0.1, "from the lowest measured on"
+    assert error_from([], 0.5) is None
 
 
 def test_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +117,10 @@ def test_figure() -> None:
     assert list(mark.get_xdata()) == [0.4, 0.4]
     labels = [text.get_text() for text in panel.get_legend().get_texts()]
     assert labels == ["order-1", "order-2", r"$\sqrt{\lambda_{max}}$", "far field"], "no line at 0"
+    (panel,) = far_field.draw(rows, defaults(far_field, far=10.0)).axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == labels[:-1], "none was measured"
+    with pytest.raises(ValueError, match="expected at least one row, got none"):
+        far_field.draw([], defaults(far_field))
 
 
 @pytest.mark.parametrize("changed", [{"ratios": [0.0]}, {"far": 0.0}, {"queries": 0}], ids=str)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gaussnet import Covariance, DeltaDenoiser, GaussianDenoiser, GaussianMixtureDenoiser, open_images
 from gaussnet.experiments import Setting, defaults, run, score_field
+from gaussnet.plots.planes import field_panels
 from gaussnet.probes.planes import Plane
 from gaussnet.probes.planes import score_field as field_of
 
@@ -266,3 +267,14 @@ def test_figure() -> None:
 def test_experiment_refuses(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score_field.units(setting(), defaults(score_field, **changed))
+
+
+def test_indices_need_images(tmp_path: Path) -> None:
+    GaussianDenoiser.isotropic(torch.zeros(1, 8, 8), 1.0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected images \(--data\), got none"):
+        score_field.units(Setting(str(tmp_path)), defaults(score_field, images=[0, 1, 2], references=[]))
+
+
+def test_no_field_to_draw() -> None:
+    with pytest.raises(ValueError, match="expected at least one row, got none"):
+        field_panels([], [(0.0, 0.0)])

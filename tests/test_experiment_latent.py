@@ -377,3 +377,23 @@ def test_a_pipeline_of_pixels_as_a_model(tmp_path: Path) -> None:
     used = Setting(f"diffusers:{tmp_path}", ImageData(randn(9, 3, 4, 4).float().tanh(), scaling="none"))
     assert used.model(x, 1.0).shape == x.shape
     assert used.event_shape == (3, 4, 4)
+
+
+def test_pipelines_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=rf"expected a pipeline of diffusers, got no model_index.json in {tmp_path}"
+    ):
+        load_model(f"diffusers:{tmp_path}")
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=4,
+        in_channels=2,
+        num_layers=1,
+        norm_num_groups=2,
+        sample_size=4,
+        num_embeds_ada_norm=3,
+    )
+    scheduler = diffusers.DDIMScheduler(**TABLE)
+    diffusers.DiTPipeline(transformer, tiny_vae("kl"), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"expected a pipeline with a unet, got DiTPipeline in {tmp_path}"):
+        load_model(f"diffusers:{tmp_path}")

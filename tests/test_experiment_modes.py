@@ -1,5 +1,6 @@
 """Modes and ranks: truncation against dense matrices, shares against their definition, summaries by hand."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gaussnet import Covariance, GaussianDenoiser, GaussianMixtureDenoiser, open_images
 from gaussnet.experiments import Setting, defaults, modes_ranks, run
+from gaussnet.plots.modes import mode_panels
 from gaussnet.probes import unexplained_variance
 from gaussnet.probes.modes import FULL, equal_error, minimal_ranks, modes_and_ranks, truncated
 
@@ -187,6 +189,59 @@ def test_experiment(
     assert "is reached by modes (axes of each, at most): 3 (" in reading.text
     monkeypatch.setattr(modes_ranks, "modes_and_ranks", pytest.fail)
     assert run("modes-ranks", modes_ranks, one, options, tmp_path) == reading
+
+
+def test_nothing_is_left_out_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    options = defaults(modes_ranks, modes=[2, 1], ranks=[8, FULL])
+    assert modes_ranks.units(setting(), options) == ["modes=1", "modes=2"]
+    assert not caplog.records
+    rows = [{**row, "queries": "noised"} for row in made_up_rows()]
+    text = modes_ranks.read(rows, defaults(modes_ranks, modes=[1, 2, 4], ranks=[2, 8])).text
+    assert "Left out" not in text
+
+
+def test_where_more_modes_do_worse() -> None:
+    rows = [{**row, "mean": row["mean"] * row["modes"] ** 3} for row in made_up_rows()]
+    options = defaults(modes_ranks, modes=[1, 2, 4], ranks=[2, 8], contour_sigma=1.0)
+    text = modes_ranks.read(rows, options).text
+    assert text.endswith(" At sigma = 1, no other number of modes reaches what modes 1 does at full rank.")
+    figure: Any = modes_ranks.draw(rows, options)
+    contours = figure.subfigs[1].axes[2]
+    assert contours.get_title() == "Equal error, $\\sigma$ = 1"
+    assert len(contours.collections) == 2, "the picture and its contours, no line in red"
+    better: Any = modes_ranks.draw(made_up_rows(), options)
+    assert len(better.subfigs[1].axes[2].collections) == 3
+
+
+def test_ranks_of_the_command() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    modes_ranks.add_arguments(parser)
+    assert parser.parse_args(["--ranks", "4", FULL, "12"]).ranks == [4, FULL, 12]
+    with pytest.raises(argparse.ArgumentError, match="expected a rank >= 1 or full, got 0"):
+        parser.parse_args(["--ranks", "0"])
+    with pytest.raises(argparse.ArgumentError, match="invalid _rank value: 'most'"):
+        parser.parse_args(["--ranks", "most"])
+
+
+def test_figure_of_one_number_of_modes() -> None:
+    """No gain to show, no contours; a panel without a point where the model is explained."""
+    rows = [
+        {**row, "sigma": sigma, "mean": 0.0 if row["rank"] == 8 else row["mean"]}
+        for row in made_up_rows()
+        for sigma in ((0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if row["sigma"] == 1 else ())
+        if row["modes"] == 1
+    ]
+    figure: Any = modes_ranks.draw(rows, defaults(modes_ranks, contour_sigma=1.0))
+    panels, (gain, _, contours, *_) = figure.subfigs[0].axes, figure.subfigs[1].axes
+    assert [len(panel.get_lines()) for panel in panels] == [2] * 6, "no line at 0"
+    assert [panel.get_xlabel() for panel in panels] == [""] * 2 + ["modes"] * 4, "below the others alone"
+    assert gain.get_legend() is None
+    assert len(contours.collections) == 1
+    with pytest.raises(ValueError, match="expected at least one row, got none"):
+        mode_panels([], 1.0)
+    same = [{**row, "mean": 0.5} for row in made_up_rows() if row["sigma"] == 1]
+    contours = mode_panels(same, 1.0).subfigs[1].axes[2]
+    assert len(contours.collections) == 1, "no lines of equal error where all is equal"
 
 
 def test_figure() -> None:

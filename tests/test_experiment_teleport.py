@@ -32,6 +32,7 @@ from gaussnet.metrics import (
     memorisation,
     to_uint8,
 )
+from gaussnet.plots.teleport import teleport_quality as teleport_panels
 from gaussnet.probes import quality
 from gaussnet.probes.quality import distances, features_of, skipped_run
 from gaussnet.sampling import noise_of
@@ -321,6 +322,26 @@ def test_the_reading_tells_of_the_gate_and_of_no_skip() -> None:
     text = teleport_quality.read(rows, options).text
     assert "no skip stays within 3%" in text
     assert "24 of 35" in text
+
+
+@pytest.mark.parametrize(("worst", "scale"), [(4.0, "linear"), (6.0, "log")])
+def test_figure(worst: float, scale: str) -> None:
+    rows = [
+        {"solver": "heun", "skip": skip, "sigma_skip": 80.0 - skip, "NFE": 35 - 2 * skip, "frechet": fid,
+         "low": fid - 0.5, "high": fid + 1, "rms": 0.1 * skip}
+        for skip, fid in ((2, worst), (0, 1.0), (1, 1.02))
+    ]  # fmt: skip
+    left, right = teleport_panels(rows, chosen={"heun": 1}).axes
+    assert (left.get_yscale(), right.get_yscale()) == (scale, "log")
+    line, _, bound, mark = left.get_lines()[:1] + left.get_lines()[-3:]
+    assert line.get_ydata() == pytest.approx([1.0, 1.02, worst])
+    assert bound.get_ydata() == pytest.approx([1.03, 1.03])
+    assert mark.get_xydata().tolist() == [[1, 1.02]]
+    assert right.get_lines()[0].get_xydata() == pytest.approx(np.array([[1, 0.1], [2, 0.2]]))
+    (_, still) = teleport_panels(rows[1:2]).axes
+    assert still.get_yscale() == "linear", "nothing has moved"
+    with pytest.raises(ValueError, match="expected rows of skips, got none"):
+        teleport_panels([])
 
 
 def test_dpm_v3_takes_statistics_from_a_file(tmp_path: Path) -> None:

@@ -334,6 +334,9 @@ def test_reading() -> None:
     assert "delta stays below it" in text
     assert "At the end delta is closest." in text
     assert "at most 2.0e-04" in text
+    unchecked = trajectory_deviation.read([{**row, "check": None} for row in both], options())
+    assert unchecked.table == table
+    assert unchecked.text == text[: text.index(" The references' states differ from scipy's")]
 
 
 @pytest.mark.parametrize("changes", [{"trajectories": 0}, {"steps": 1}, {"check": -1}])
@@ -358,6 +361,9 @@ def test_figure() -> None:
     assert math.isnan(drawn[0])
     assert list(drawn[1:]) == means[1:]
     assert len(denoised.get_lines()[0].get_ydata()) == 6
-    plots.pyplot().close(figure)
+    bare = plots.trajectory_deviation(rows)
+    counts = [[len(axis.get_lines()) for axis in each.axes] for each in (figure, bare)]
+    assert counts == [[3, 3], [2, 2]], "no line without a bound"
+    plots.pyplot().close("all")
     with pytest.raises(ValueError, match="got none"):
         plots.trajectory_deviation([])

@@ -197,6 +197,28 @@ def test_mixtures_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         setting(cache=tmp_path, seed=1).reference("mixture-3")
 
 
+def test_another_process_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model is taken, and what was fitted meanwhile is thrown away."""
+    fit, saved = Setting._fit, list[Path]()
+
+    def slow(self: Setting, name: str) -> Any:
+        if not saved:
+            saved.append(tmp_path)  # once: the other process is not overtaken itself
+            setting(cache=tmp_path).reference(name)
+            (weights,) = tmp_path.glob("*/model.safetensors")
+            saved.append(weights)
+            times.append(weights.stat().st_mtime_ns)
+        return fit(self, name)
+
+    times: list[int] = []
+    monkeypatch.setattr(Setting, "_fit", slow)
+    found = setting(cache=tmp_path).reference("mixture-3")
+    assert saved[1].stat().st_mtime_ns == times[0], "the first one stays"
+    assert [path.name for path in tmp_path.iterdir()] == [saved[1].parent.name], "nothing partial is left"
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(found(x, 0.5), setting(cache=tmp_path).reference("mixture-3")(x, 0.5))
+
+
 def test_generators_differ_by_purpose_and_seed() -> None:
     draws = [torch.randn(3, generator=s.generator(*purpose)).tolist()
              for s in (setting(), setting(seed=1)) for purpose in (("a",), ("a", 1), ("b",))]  # fmt: skip
@@ -256,6 +278,11 @@ def test_what_is_missing_is_told() -> None:
 # Readings -------------------------------------------------------------------------------------------
 
 
+def test_markdown() -> None:
+    assert markdown([{"a": 1, "b": 0.123456}]) == "| a | b |\n| --- | --- |\n| 1 | 0.1235 |"
+    assert markdown([]) == ""
+
+
 def test_level_from() -> None:
     rows = [
         {"sigma": s, "mean": m, "reference": "g"} for s, m in [(1, 0.5), (2, 0.001), (4, 0.02), (8, 0.001)]
@@ -296,3 +323,15 @@ def test_errors_are_a_line(
     assert message in error
     assert error.startswith("gaussnet reproduce: ")
     assert not (tmp_path / "o").exists()
+
+
+def test_an_out_that_is_a_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    assert (
+        main(["reproduce", "score-deviation", "--model", "gaussian", "--data", "digits", "--out", str(out)])
+        == 2
+    )
+    message = f"expected --out to be a folder, got the file {out}"
+    assert capsys.readouterr().err == f"gaussnet reproduce: {message}\n"
+    assert out.read_text() == "mine"

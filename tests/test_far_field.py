@@ -78,3 +78,4 @@ def test_round_trip_and_errors(tmp_path: Path) -> None:
     assert relative_error(from_pretrained(tmp_path)(x, 5.0), expansion(x, 5.0)) < 1e-14
     with pytest.raises(ValueError, match="expected order >= 1, got 0"):
         FarFieldDenoiser(gaussian(), 0)
+    assert "(\n  order=2\n" in repr(expansion)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gaussnet.fit import Moments, fit_covariance, fit_moments, kmeans_labels
 from gaussnet.fit.moments import merge_all
 from gaussnet.fit.shrinkage import truncate
 from gaussnet.fit.solvers import Axes
+from gaussnet.fit.streams import subsample
 
 OFFSET = 1e4  # a mean in whose square the variance would drown: 1e8 against 1
 
@@ -100,6 +102,21 @@ def test_generators_of_tensors_and_arrays(as_array: bool) -> None:
     assert_moments_equal(merge_all(fit_moments(batches())), moments_of(data), "generator")
     torch.testing.assert_close(fitted.covariance.dense(), expected.covariance.dense(), rtol=0, atol=1e-12)
     assert_moments_equal(merge_all(fit_moments(data.numpy())), moments_of(data), "array")
+
+
+def test_some_samples_of_an_array_are_those_of_the_tensor(tmp_path: Path) -> None:
+    data, labels = randn(50, 2, 3), torch.arange(50)
+    np.save(tmp_path / "data.npy", data.numpy())
+    expected, places = subsample(data, 7, labels, torch.Generator().manual_seed(4))
+    assert places is not None
+    assert len(set(places.tolist())) == 7
+    assert expected.equal(data[places])
+    for array in (data.numpy(), np.load(tmp_path / "data.npy", mmap_mode="r")):
+        found, same = subsample(array, 7, labels, torch.Generator().manual_seed(4))
+        assert found.equal(expected)
+        assert same is not None
+        assert same.equal(places)
+        assert subsample(array, 50)[0].equal(data)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +245,7 @@ def test_cross_validation_hardly_moves_well_determined_eigenvalues() -> None:
         (torch.full((7, 4), 0.1), {}, "expected data that vary, got 7 samples that are all equal"),
         (torch.full((7, 4), 1 / 3, dtype=torch.float64), {}, "expected data that vary"),
         (torch.full((7, 4), math.nan), {}, "finite data, got NaN or infinite values in sample 0"),
+        (1e200 * randn(20, 3), {}, r"data whose squares are finite in float64, got a variance of (inf|nan)"),
         (randn(9, 4), {"rank": 0}, r"1 <= rank <= min\(N - 1, D\) = 4 .*, got 0"),
         (randn(9, 4), {"rank": 5}, r"1 <= rank <= min\(N - 1, D\) = 4 .*, got 5"),
         (randn(3, 4), {"rank": 3}, r"min\(N - 1, D\) = 2 for 3 samples of 4 dimensions, got 3"),

@@ -267,6 +267,8 @@ def test_impossible_arguments() -> None:
     cov = gaussian().covariance
     with pytest.raises(ValueError, match=r"covariance of 8 dimensions for a mean of shape \(2, 4\), got 6"):
         GaussianDenoiser(torch.zeros(2, 4), cov)
+    with pytest.raises(ValueError, match=r"expected a mean of shape \(\*event_shape\), got a 0-d tensor"):
+        GaussianDenoiser(torch.tensor(0.5), cov)
     with pytest.raises(ValueError, match="finite mean, got 2 non-finite values"):
         GaussianDenoiser(torch.tensor([0.0, math.nan, math.inf, 0, 0, 0]), cov)
     with pytest.raises(ValueError, match="eigenvalues >= 0"):

@@ -25,7 +25,7 @@ from gaussnet import (
     karras_sigmas,
     teleport,
 )
-from gaussnet.samplers import flow_of, runge_kutta
+from gaussnet.samplers import dop853, flow_of, runge_kutta
 from gaussnet.samplers.guided_flow import guided_flow
 
 
@@ -140,6 +140,21 @@ def test_flow_of_each_class() -> None:
     assert nfe() == 0
     fine = runge_kutta(guided, x[known], 20.0, 0.7, rows[known], steps=150)
     assert relative_error(moved, fine) < 1e-7
+
+
+@pytest.mark.parametrize("labels", [[5, 7, 5], None], ids=["two of a class", "no classes"])
+def test_flow_of_classes_that_are_no_gaussian(labels: list[int] | None) -> None:
+    covariances = [thin(name, seed).covariance for seed, name in enumerate(("thin", "other", "thin"))]
+    known = None if labels is None else torch.tensor(labels)
+    mixture = GaussianMixtureDenoiser(torch.ones(3).double(), randn(3, *EVENT, seed=8), covariances, known)
+    x, given = 20 * randn(3, *EVENT), torch.tensor([5, 7, 5])
+    with count_nfe(mixture) as nfe:
+        moved = flow_of(mixture, given)(x, 20.0, 0.7)
+    assert nfe() > 0, "by the Runge-Kutta method"
+    seen: list[dict[str, Any]] = []
+    grid = torch.tensor([20.0, 0.7, 0.0])
+    dop853(mixture, x, grid, class_labels=given, callback=seen.append, rtol=1e-10, atol=1e-10)
+    assert relative_error(moved, seen[-1]["x"]) < 1e-4
 
 
 def test_flow_without_spare_dimensions() -> None:

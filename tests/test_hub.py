@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -209,6 +210,35 @@ def test_tensors_that_disagree(saved: Path) -> None:
         from_pretrained(saved)
     save_file({key: value for key, value in tensors.items() if key != "mean"}, path)
     with pytest.raises(ValueError, match=r"(?s)does not fit its config.json.*mean"):
+        from_pretrained(saved)
+
+
+def test_weights_that_are_no_numbers(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    tensors["mean"][0, 0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"does not fit its config.json: expected numbers, got NaN in mean$"):
+        from_pretrained(saved)
+
+
+def test_integers_in_the_place_of_floats(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    for dtype in (torch.int32, torch.float8_e4m3fn):
+        save_file({**tensors, "mean": torch.zeros_like(tensors["mean"]).to(dtype)}, path)
+        message = rf"does not fit its config.json: mean: expected numbers as torch.float32, got {dtype}$"
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(saved)
+    save_file({**tensors, "mean": tensors["mean"].to(torch.bfloat16)}, path)
+    assert from_pretrained(saved).mean.dtype == torch.bfloat16, "the stored precision is kept"
+
+
+@pytest.mark.parametrize("provenance", ["digits", [1, 2], None])
+def test_provenance_that_is_no_object(saved: Path, provenance: Any) -> None:
+    edit_config(saved, provenance=provenance)
+    message = f"^{saved}: expected provenance to be an object, got {re.escape(repr(provenance))}$"
+    with pytest.raises(ValueError, match=message):
         from_pretrained(saved)
 
 

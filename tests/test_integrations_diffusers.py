@@ -1,7 +1,9 @@
 """The schedulers, pipelines and UNets of diffusers as references: coordinates, conversions, and ends."""
 
 import math
+import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,27 @@ def test_without_latents_it_draws_the_pipelines(name: str) -> None:
     expected = randn(3, *EVENT, seed=5) * scheduler.init_noise_sigma
     assert x.dtype == torch.float64
     assert x.equal(expected)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["latents", "drawn"])
+def test_the_device_may_be_said(given: bool) -> None:
+    latents = randn(1, *EVENT) if given else None
+    x, timesteps = teleport_scheduler(
+        scheduler_of("ddim"),
+        gaussian(),
+        latents,
+        10,
+        skip=4,
+        device="cpu",
+        generator=torch.Generator().manual_seed(5),
+    )
+    expected, rest = teleport_scheduler(
+        scheduler_of("ddim"), gaussian(), latents, 10, skip=4, generator=torch.Generator().manual_seed(5)
+    )
+    assert x.equal(expected)
+    assert timesteps.equal(rest)
+    with pytest.raises(RuntimeError, match="meta"):  # it is heeded: of a device without numbers
+        teleport_scheduler(scheduler_of("ddim"), gaussian(), latents, 10, skip=4, device="meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
@@ -637,3 +660,24 @@ def test_impossible_models(arguments: dict[str, Any], error: type[Exception], me
 def test_unknown_output_type() -> None:
     with pytest.raises(ValueError, match="output_type to be one of pil, np, pt, got 'latent'"):
         teleport_pipeline(pipeline_of("ddim", tiny_unet()), gaussian(), skip=1, output_type="latent")
+
+
+def test_the_event_shape_of_a_network_without_a_config() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Any:
+            return diffusers.models.unets.unet_2d.UNet2DOutput(sample=torch.zeros_like(x))
+
+    model, x = DiffusersDenoiser(Plain(), 0.5, event_shape=EVENT), randn(2, *EVENT)
+    assert model.event_shape == EVENT
+    torch.testing.assert_close(model(x, 2.0), x * 0.25 / (4 + 0.25))  # c_skip x, as the network says 0
+    with pytest.raises(ValueError, match=r"\(B, 2, 4, 4\)|shape .*2, 4, 4"):
+        model(x[:, :1], 2.0)
+
+
+def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "gaussnet.integrations.diffusers_models"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    message = r"^gaussnet\.integrations\.diffusers needs: pip install 'gaussnet\[diffusers\]'$"
+    with pytest.raises(ImportError, match=message):
+        import_module(name)

@@ -30,6 +30,7 @@ from gaussnet import (
     Marginals,
     from_pretrained,
 )
+from gaussnet.denoisers import marginal
 
 sigmas = pytest.mark.parametrize("sigma", SIGMAS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -242,6 +243,18 @@ def test_every_source_gives_the_same() -> None:
 def test_impossible_fits(data: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Marginals.fit(data, **options)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_levels_are_not_chosen_from_are_checked_too(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marginal, "_POOLED", 6)
+    data = torch.full((40, 2), bad)
+    drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:3]
+    data[drawn] = randn(3, 2, dtype=torch.float32)
+    with pytest.raises(ValueError, match="expected finite data, got non-finite values"):
+        Marginals.fit(data, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(

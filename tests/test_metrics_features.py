@@ -268,6 +268,24 @@ def test_inception_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert part in str(caught.value)
 
 
+@pytest.mark.usefixtures("fidelity")
+def test_inceptions_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(url: str, path: str, progress: bool) -> None:
+        asked.append(url)
+        torch.save({"scale": torch.tensor(3.0)}, path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    x = images(4)
+    for _ in range(2):
+        (found,) = extract_features(load_extractor("inception"), x)
+        assert torch.allclose(found[:, :1].double(), 3 * to_uint8(x).double().mean((2, 3)))
+    assert asked == [features.INCEPTION_URL]
+    assert (tmp_path / "hub" / "checkpoints" / features.INCEPTION_FILE).is_file()
+
+
 class Harmful:
     """Pickled, it leaves a file when it is loaded."""
 
@@ -316,6 +334,24 @@ def test_a_timm_model_with_a_file_of_weights(tmp_path: Path) -> None:
         expected = model.forward_features((rgb - mean) / std).mean((2, 3))
     assert found.shape == (3, model.num_features)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_timm_model_with_the_weights_that_timm_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    create, asked = timm.create_model, list[dict[str, Any]]()
+
+    def offline(name: str, **options: Any) -> Any:
+        asked.append(options)
+        return create(name, **{**options, "pretrained": False})
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    extractor: Any = load_extractor("timm:test_resnet")
+    assert asked == [{"pretrained": True, "num_classes": 0}]
+    x = images(2, 3, size=extractor.size[0])  # of its size: taken as they are
+    with torch.no_grad():
+        expected = extractor.network((x / 2 + 0.5 - extractor.mean) / extractor.std)
+        monkeypatch.setattr(F, "interpolate", None)
+        assert torch.allclose(extractor(x), expected, atol=1e-5)
 
 
 def test_timm_models_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,15 @@ def test_exact_samples_have_ratio_one(name: str) -> None:
     assert torch.allclose(found.measured[: len(stored)], stored)
 
 
+def test_empty_batches_count_for_nothing() -> None:
+    of = gaussian()
+    x = exact_samples(of)
+    found = variance_ratio([x[:0], x[:7], x[:0], x[7:], x[:0]], of)
+    assert found.ratio.equal(variance_ratio([x[:7], x[7:]], of).ratio)
+    with pytest.raises(ValueError, match="NaN or infinite values in sample 7"):
+        variance_ratio([x[:0], x[:7], x[:0], x[7:] / 0], of)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_wrong_variance_shows_on_its_axis_alone(dtype: torch.dtype) -> None:
     of = gaussian("low-rank")

@@ -262,6 +262,22 @@ def test_impossible_arguments(weights: Tensor, count: int, dim: int, labels: Any
         GaussianMixtureDenoiser(weights, torch.zeros(2, dim), [COVARIANCE] * count, labels)
 
 
+@pytest.mark.parametrize(
+    ("means", "shape"),
+    [
+        (torch.zeros(0, 6), r"\(0, 6\)"),
+        (torch.zeros(6), r"\(6,\)"),
+        (torch.tensor([[0.0, math.inf]]), r"\(1, 2\)"),
+        (torch.tensor([[0.0, math.nan]]), r"\(1, 2\)"),
+    ],
+    ids=["none", "vector", "inf", "nan"],
+)
+def test_impossible_means(means: Tensor, shape: str) -> None:
+    message = rf"expected finite means \(K, \*event_shape\), K >= 1, got shape {shape}"
+    with pytest.raises(ValueError, match=message):
+        GaussianMixtureDenoiser(torch.ones(len(means)), means, [COVARIANCE] * len(means))
+
+
 def test_a_class_of_equal_samples_is_a_point() -> None:
     data = randn(40, 1, 2, 3)
     data[:10] = data[0]

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gaussnet import BypassPrecond, EDMPrecond, from_pretrained
 from gaussnet.hub import build, describe
 from gaussnet.networks import MLP, DhariwalUNet, DiT, SongUNet, blocks, dit, mlp
+from gaussnet.networks.embeddings import FourierEmbedding, PositionalEmbedding
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "song-unet": {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": ()},
@@ -337,3 +339,18 @@ def test_labels_for_a_network_without_labels(name: str) -> None:
     with pytest.raises(ValueError, match=r"augment_labels: .*expected \(3, 0\)"):
         net(x, noise_labels, None, torch.ones(3, 4))
     net(x, noise_labels, torch.ones(3, 0), torch.ones(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "least"),
+    [
+        (FourierEmbedding, 0, 2),
+        (FourierEmbedding, 5, 2),
+        (PositionalEmbedding, 7, 2),
+        (partial(PositionalEmbedding, endpoint=True), 2, 4),
+    ],
+)
+def test_impossible_embeddings(make: Any, channels: int, least: int) -> None:
+    with pytest.raises(ValueError, match=rf"embedding channels: got {channels}, expected even, >= {least}"):
+        make(channels)
+    assert [part.shape for part in make(least)(torch.zeros(3))] == [(3, least // 2)] * 2

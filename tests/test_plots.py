@@ -1,5 +1,6 @@
 """Figures: what is drawn, and that it is written."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,15 @@ def test_image_rows(channels: int, tmp_path: Path) -> None:
     assert_picture(path)
     with pytest.raises(ValueError, match="at least one row of images"):
         plots.image_rows({}, path)
+
+
+def test_scores_of_another_quantity() -> None:
+    rows = [{"quantity": "score", "queries": "noise", "reference": "delta", "sigma": 1.0, "mean": 0.5}]
+    with pytest.raises(ValueError, match="expected rows of quantity 'denoiser', got none"):
+        plots.score_deviation(rows, quantity="denoiser")
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install 'gaussnet\[train\]'"):
+        plots.loss_curve([{"step": 1, "loss": 0.5, "images_per_second": 200.0}], tmp_path / "loss.png")

@@ -1,5 +1,7 @@
 """The posterior covariance, against closed forms and against the spread of the data."""
 
+from typing import Any
+
 import pytest
 import torch
 from cases import (
@@ -15,6 +17,7 @@ from cases import (
     relative_error,
     train_digits,
 )
+from torch import Tensor
 
 from gaussnet import DeltaDenoiser, Denoiser
 from gaussnet.denoisers.posterior import jacobian_variance
@@ -97,6 +100,25 @@ def test_closed_form_is_the_diagonal_of_the_jacobian(name: str) -> None:
     in_single = single.posterior_variance(x.float(), sigma.float(), labels)
     assert in_single.dtype == torch.float32
     torch.testing.assert_close(in_single.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+class Coin(Denoiser):
+    """Of data that are -1 or 1 in each place; without a closed form of its own."""
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return torch.Size([2, 3])
+
+    def forward(self, x: Tensor, sigma: Any, class_labels: Tensor | None = None) -> Tensor:
+        return torch.tanh(x / torch.as_tensor(sigma).reshape(-1, 1, 1) ** 2)
+
+
+def test_without_a_closed_form_it_is_the_diagonal_of_the_jacobian() -> None:
+    coin, x, sigma = Coin(), randn(4, 2, 3), torch.tensor([0.5, 1.0, 2.0, 10.0], dtype=torch.float64)
+    expected = 1 - coin(x, sigma) ** 2  # E[x_0^2] = 1
+    torch.testing.assert_close(coin.posterior_variance(x, sigma), expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(coin.posterior_cov(x, sigma).diagonal(), expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(coin.posterior_cov(x, sigma).trace(), expected.sum((1, 2)), rtol=1e-10, atol=0)
 
 
 def test_class_labels_reach_the_denoiser() -> None:

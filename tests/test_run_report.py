@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gaussnet.run_report import Run, Status, figures, page, status, watch, watching, write_page
-from gaussnet.run_report.folder import read_table
+from gaussnet.run_report.folder import read_picture, read_table
 
 VOID = {"meta", "img", "br", "link", "input"}
 SECTIONS = [
@@ -521,6 +521,20 @@ def test_status_of_a_run_in_progress(tmp_path: Path) -> None:
     assert found.written.timestamp() == pytest.approx((folder / "metrics.jsonl").stat().st_mtime)
     assert max(map(len, found.lines(17))) == 17
     assert [line for line in found.lines(17) if "sigma" in line] == ["  sigma       0.5", "  sigma         2"]
+
+
+def test_files_that_go_while_they_are_read(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "r")
+    (folder / "metrics.jsonl").write_text(metrics_row(100, 0.5))
+    one = Run(folder)
+    assert len(one.metrics) == 1
+    (folder / "metrics.jsonl").unlink()
+    found = Status.of(one)
+    assert (found.step, found.written) == (100, None)
+    picture(folder / "a.png")
+    assert read_picture(folder / "a.png") == (folder / "a.png").read_bytes()
+    (folder / "a.png").unlink()
+    assert read_picture(folder / "a.png") is None
 
 
 def test_means_are_of_the_last_rows(tmp_path: Path) -> None:

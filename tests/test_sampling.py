@@ -141,6 +141,17 @@ def test_the_jump_is_chosen_by_the_gate_or_the_model() -> None:
         choose_jump(EDMPrecond(tiny_unet()), GaussianDenoiser.isotropic(torch.ones(EVENT), 4.0))
 
 
+def test_a_gate_that_stays_open_leaves_the_jump_to_the_model() -> None:
+    gaussian, ajar = (
+        denoiser("gaussian-full", torch.float32),
+        Gate(torch.tensor([0.5, 16.0]), torch.tensor([1.0, 0.2])),
+    )
+    net = BypassPrecond(tiny_unet(False, in_channels=2), gaussian, ajar, base="gaussian").eval()
+    assert choose_jump(net, sigmas=GRID).sigma_skip == float(GRID[-2]), "untrained, it is its Gaussian"
+    with pytest.raises(ValueError, match="stands in for this model nowhere"):
+        choose_jump(net, GaussianDenoiser.isotropic(torch.ones(EVENT), 4.0), sigmas=GRID)
+
+
 def test_classes_and_guidance() -> None:
     net = EDMPrecond(tiny_unet(label_dim=4)).eval()
     labels = one_hot(net, [0, 1, 2])
@@ -340,3 +351,38 @@ def test_from_a_shell(saved: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "images").glob("*.png"))) == 6
+
+
+def test_a_gaussian_from_a_folder_is_jumped_along(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    gaussian = GaussianDenoiser.isotropic(torch.full(EVENT, 0.3), 0.25)
+    gaussian.save_pretrained(tmp_path / "gaussian")
+    options = ["--teleport", "2.5", "--gaussian", str(tmp_path / "gaussian")]
+    assert main(arguments(saved, tmp_path / "a.npz", *options)) == 0
+    assert main(arguments(saved, tmp_path / "own.npz", *options[:2])) == 0
+    found, own = (np.load(tmp_path / f"{name}.npz")["images"].astype(int) for name in ("a", "own"))
+    with torch.no_grad():
+        parts = sample_seeds(model(label_dim=4), range(6), karras_sigmas(4), jump=Jump(gaussian, 2.5))
+        pixels = cli_sample.to_pixels(torch.cat([part for _, part in parts]))
+    assert np.abs(found - np.stack(pixels)).max() <= 1
+    assert not np.array_equal(found, own)
+    capsys.readouterr()
+    assert main(arguments(saved, tmp_path / "b.npz", *options[:3], str(saved))) == 2
+    assert "expected --gaussian to be a GaussianDenoiser, got a BypassPrecond" in capsys.readouterr().err
+    assert not (tmp_path / "b.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["images", "images.npz"])
+def test_an_out_of_the_other_kind_is_an_error(name: str, saved: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / name
+    out.mkdir() if out.suffix else out.write_text("mine")
+    assert main(arguments(saved, out)) == 2
+    assert f"expected --out to be a folder or NAME.npz, got {out}" in capsys.readouterr().err
+    assert out.is_dir() or out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 8)], ids=str)
+def test_what_is_no_image_is_not_sampled(shape: tuple[int, ...], tmp_path: Path, capsys: Any) -> None:
+    GaussianDenoiser.isotropic(torch.zeros(shape), 1.0).save_pretrained(tmp_path / "model")
+    assert main(arguments(tmp_path / "model", tmp_path / "out")) == 2
+    assert f"expected a model of images of 1 or 3 channels, got one of {shape}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

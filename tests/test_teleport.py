@@ -319,6 +319,9 @@ def test_finds_the_last_level_where_the_model_is_its_gaussian(measure: Any) -> N
     other = GaussianDenoiser(g.mean + 1, g.covariance)
     with pytest.raises(ValueError, match=r"deviation <= 0.001 at the first level, sigma = 57.586, got "):
         find_sigma_skip(other, g, x, GRID, 1e-3, measure=measure)
+    unknown: Any = "time"
+    with pytest.raises(ValueError, match="expected measure to be denoiser or trajectory, got 'time'"):
+        find_sigma_skip(g, g, x, GRID, 1e9, measure=unknown)
 
 
 # Costs --------------------------------------------------------------------------------------------

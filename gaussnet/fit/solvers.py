@@ -17,6 +17,7 @@ since the columns of V are orthogonal to 1. No (D, r) product is formed but the 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -129,11 +130,9 @@ def solve(
 
     Raises:
         TypeError: if another solver than "dense" gets an iterable, or one process's share of the data.
-        ValueError: for an unknown solver, a rank out of range, fewer than two samples, or data that are not
+        ValueError: for a rank out of range, fewer than two samples, or data that are not
             finite, constant, or without an axis of samples.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}, got {solver!r}")
     array = isinstance(data, (Tensor, np.ndarray))
     if array and data.ndim < 2:
         raise ValueError(f"expected data of shape (N, *event_shape), got {tuple(data.shape)}")
@@ -169,6 +168,10 @@ def check_fit(count: int, mean: Tensor, total: Tensor, rank: int | None) -> None
         raise ValueError(
             f"expected 1 <= rank <= min(N - 1, D) = {largest} "
             f"for {count} samples of {mean.numel()} dimensions, got {rank}"
+        )
+    if not math.isfinite(float(total)):
+        raise ValueError(
+            f"expected data whose squares are finite in float64, got a variance of {float(total)}"
         )
     rounding = 1e-24 * float(mean.square().sum())  # what equal samples leave in float64
     if not float(total) > rounding:
@@ -244,8 +247,6 @@ def dense_left_out(folds: list[Moments]) -> Iterator[LeftOut]:
 
 def _solve_gram(data: Tensor, members: Tensor, rank: int | None) -> Solved:
     samples = as_samples(data)
-    if not len(samples):
-        raise ValueError("expected at least one sample, got none")
     mean = samples.mean(0)
     samples = samples - mean
     distance2 = samples.square().sum(1)

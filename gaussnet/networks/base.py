@@ -165,14 +165,15 @@ def expect(config: Mapping[str, Any], name: str, holds: bool, expected: str) -> 
 def check_config(config: Mapping[str, Any], **choices: tuple[str, ...]) -> None:
     """Raises a ValueError that names the first impossible choice, count, label length or probability."""
     for name, value in config.items():
+        number = isinstance(value, (int, float))
         if name in choices:
             expect(config, name, value in choices[name], f"one of {choices[name]}")
         elif name in ("dropout", "label_dropout"):
-            expect(config, name, 0 <= value <= 1, "a probability")
+            expect(config, name, number and 0 <= value <= 1, "a probability")
         elif name in ("label_dim", "augment_dim"):
-            expect(config, name, value >= 0, "0 or more")
+            expect(config, name, number and value >= 0, "0 or more")
         elif not isinstance(value, list):
-            expect(config, name, value >= 1, "at least 1")
+            expect(config, name, number and value >= 1, "at least 1")
 
 
 def check_levels(config: Mapping[str, Any]) -> int:
@@ -188,7 +189,7 @@ def check_levels(config: Mapping[str, Any]) -> int:
     expect(
         config,
         "img_resolution",
-        config["img_resolution"] % multiple == 0,
+        isinstance(config["img_resolution"], int) and config["img_resolution"] % multiple == 0,
         f"a positive multiple of {multiple}, for the {len(mults)} levels of channel_mult",
     )
     return multiple

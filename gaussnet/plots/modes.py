@@ -108,9 +108,9 @@ def _draw_contours(
     axis.set_xticks(range(len(counts)), counts)
     axis.set_yticks(range(len(ranks)), ranks)
     axis.set(xlabel="modes", ylabel="rank", title=f"Equal error, $\\sigma$ = {sigma:g}")
-    if min(levels.shape) < 2 or not (levels > 0).all():
-        return
     low, high = levels.min(), levels.max()
+    if min(levels.shape) < 2 or not 0 < low < high:  # there are no lines of equal error
+        return
     axis.contour(np.log10(levels), levels=np.linspace(np.log10(low), np.log10(high), 8)[1:-1], colors="0.4",
                  linewidths=0.8, linestyles="-")  # fmt: skip
     level = share[counts[0], FULL]
