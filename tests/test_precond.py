@@ -602,6 +602,32 @@ def test_mixture_bypass() -> None:
     assert relative_error(seen(x, 0.3, halves[1]), seen(x, 0.3)) > 1e-2, "classes reach the base"
 
 
+def test_a_base_worse_than_the_noise_fades_no_further_than_to_the_isotropic_skip() -> None:
+    gaussian, x = denoiser("gaussian-full"), noised(0.5)
+    error = MeasuredError(torch.tensor([0.1, 10.0]), torch.full((2, 3), 9.0))  # 9 v s^2/(v + s^2) > s^2
+    untrained = bypass(gaussian, error=error).untrained(x, 0.5)
+    expected = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)(x, 0.5)
+    assert relative_error(untrained, expected) < 1e-12
+
+
+def test_classes_may_meet_a_network_that_never_drops_labels() -> None:
+    mixture = denoiser("mixture-classes")
+    error = MeasuredError(torch.tensor([0.1, 1.0]), torch.ones(2, 3))
+    net = Recorder()  # which knows nothing of dropping
+    model = BypassPrecond(net, mixture, error=error)
+    model(noised(0.5), 0.5, torch.zeros(16, dtype=torch.long))
+    assert len(net.calls) == 1
+
+
+def test_a_gate_as_open_as_its_tolerance_is_open() -> None:
+    gate = Gate(torch.tensor([0.1, 10.0]), torch.tensor([0.25, 0.25]))
+    for tol, calls in ((0.25, 1), (0.26, 0)):
+        net = Recorder()
+        model = BypassPrecond(net, denoiser("gaussian-full"), gate, gate_tol=tol).eval()
+        model(noised(1.0), 1.0)
+        assert len(net.calls) == calls, tol
+
+
 def test_options_that_exclude_each_other() -> None:
     mixture = denoiser("mixture-classes")
     error = MeasuredError(torch.tensor([0.1, 1.0]), torch.ones(2, 3))
