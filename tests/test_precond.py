@@ -478,6 +478,8 @@ def test_an_error_measured_with_another_denoiser_is_refused() -> None:
         BypassPrecond(net, refined.gaussian, base="marginal", marginals=marginals, error=plain)
     with pytest.raises(ValueError, match="without other=, as base='blend', got MarginalDenoiser"):
         BypassPrecond(tiny_unet(in_channels=2), refined.gaussian, error=error)
+    unknown = MeasuredError(error.log_sigma.exp(), error.values)  # of which it is not told
+    BypassPrecond(net, refined.gaussian, base="marginal", marginals=marginals, error=unknown)
 
 
 # Other bases --------------------------------------------------------------------------------------
@@ -646,6 +648,11 @@ def test_options_that_exclude_each_other() -> None:
         BypassPrecond(tiny_unet(in_channels=2), gaussian, centre="image")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"with base='isotropic', got 0.5 with 'blend'"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, sigma_data=0.5)
+    for sigma_data in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"sigma_data > 0, with base='isotropic', got {sigma_data} "):
+            BypassPrecond(tiny_unet(in_channels=2), gaussian, base="isotropic", sigma_data=sigma_data)
+    with pytest.raises(ValueError, match="^BypassPrecond: expected a network"):
+        BypassPrecond(tiny_unet(), gaussian)
 
 
 @pytest.mark.parametrize(
