@@ -651,7 +651,7 @@ def test_options_that_exclude_each_other() -> None:
     for sigma_data in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"sigma_data > 0, with base='isotropic', got {sigma_data} "):
             BypassPrecond(tiny_unet(in_channels=2), gaussian, base="isotropic", sigma_data=sigma_data)
-    with pytest.raises(ValueError, match="^BypassPrecond: expected a network"):
+    with pytest.raises(ValueError, match=r"^BypassPrecond: expected a network"):
         BypassPrecond(tiny_unet(), gaussian)
 
 
