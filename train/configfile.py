@@ -40,6 +40,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise
     except YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OverflowError as error:
+        raise ConfigError(f"{path}: expected numbers below 1e308, got a larger integer: {error}") from error
     except (ValueError, TypeError, OSError, RecursionError) as error:  # such as a list, or a mere number
         raise ConfigError(f"{path}: {error}") from error
 
