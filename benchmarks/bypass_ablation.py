@@ -87,7 +87,7 @@ TASKS: dict[str, Task] = {
     "digits": Task(("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]")),
     "patches": Task(("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET)),
     "dit": Task(("data.source={mnist}", *DIT), rates=(5e-4, 1e-3, 2e-3)),  # above, runs break late
-    "mlp": Task(("data.source={mnist}", *MLP), rates=(1e-3, 2e-3, 4e-3), widths=(512, 492, 474)),
+    "mlp": Task(("data.source={mnist}", *MLP), rates=(5e-4, 1e-3, 2e-3), widths=(512, 492, 474)),
     "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), rates=(), features=FEATURES),
     "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), rates=(), features=FEATURES),
     "long": Task(("data.source={mnist}", *MINI_EDM), seeds=1, steps=10_000, rates=(), features=FEATURES),
