@@ -23,25 +23,25 @@ import numpy as np
 
 from fuzz import clear_errors, watched
 
-try:
-    atheris: Any = import_module("atheris")
-except ImportError as error:
-    raise SystemExit("guided fuzzing needs: pip install atheris") from error
-
-PARSERS = ["gaussnet.edm_unpickler", "gaussnet.edm_pickle", "gaussnet.data"]
-with atheris.instrument_imports(include=PARSERS):
-    import gaussnet.data
-    from gaussnet.edm_pickle import EDMPickleError, read_edm_pickle
+PARSERS = (
+    "gaussnet.edm_unpickler",
+    "gaussnet.edm_pickle",
+    "gaussnet.data",
+)  # `main` imports them
 
 
 def edm_pickle(path: Path) -> None:
+    from gaussnet.edm_pickle import EDMPickleError, read_edm_pickle
+
     with clear_errors(path.name, kinds=(EDMPickleError,)):
         read_edm_pickle(path)
 
 
 def images(path: Path) -> None:
+    from gaussnet.data import open_images
+
     with clear_errors(path.name):
-        data = gaussnet.data.open_images(path)
+        data = open_images(path)
         for index in {0, len(data) - 1}:
             data[index]
 
@@ -84,6 +84,13 @@ def main() -> None:
     """Fuzzes one target."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         raise SystemExit(f"expected a target, one of {', '.join(TARGETS)}, got {sys.argv[1:]}")
+    try:
+        atheris: Any = import_module("atheris")
+    except ImportError as error:
+        raise SystemExit("guided fuzzing needs: pip install atheris") from error
+    with atheris.instrument_imports(include=list(PARSERS)):
+        for parser in PARSERS:
+            import_module(parser)
     name, check, good = TARGETS[sys.argv[1]]
     with tempfile.TemporaryDirectory() as own, tempfile.TemporaryDirectory() as corpus:
         for number, content in enumerate(good()):
