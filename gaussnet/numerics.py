@@ -10,11 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Sigma = float | Tensor
+
+# Settings of float32 matrix products by backend; PyTorch has them since 2.9.
+_MATMULS: list[Any] = [
+    getattr(torch.backends, name).matmul
+    for name in ("cuda", "mkldnn")
+    if hasattr(getattr(getattr(torch.backends, name), "matmul", None), "fp32_precision")
+]
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -74,7 +82,7 @@ def as_sigma(
     """
     if not isinstance(sigma, Tensor):
         _check_value(float(sigma), zero_ok)
-        return torch.tensor(sigma, dtype=dtype, device=x.device)
+        return torch.full((), sigma, dtype=dtype, device=x.device)  # unlike torch.tensor, waits for no GPU
     if sigma.shape not in ((), tuple(batch_shape)):
         raise ValueError(
             f"expected sigma to be a number, a 0-d tensor or of shape {tuple(batch_shape)} "
@@ -83,7 +91,8 @@ def as_sigma(
     if sigma.device.type == "cpu" and sigma.numel() and not torch.compiler.is_compiling():
         for value in _readable_extremes(sigma):
             _check_value(value, zero_ok)
-    return sigma.to(device=x.device, dtype=dtype)
+    # From host memory, a copy need not wait for what the GPU does; to it, it has to.
+    return sigma.to(device=x.device, dtype=dtype, non_blocking=sigma.device.type == "cpu")
 
 
 def as_level(sigma: Sigma | Sequence[float], zero_ok: bool = False) -> Tensor:
@@ -105,8 +114,11 @@ def _check_value(sigma: float, zero_ok: bool) -> None:
 
 
 def known_true(flag: Tensor) -> bool:
-    """Whether a flag is set, as far as it can be read: not in a compiled graph, nor under vmap."""
-    if torch.compiler.is_compiling():
+    """Whether a flag is set, as far as it can be read: not in a compiled or captured graph, nor under vmap.
+
+    On a GPU, the host waits for it.
+    """
+    if torch.compiler.is_compiling() or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     try:
         return bool(flag)
@@ -123,17 +135,30 @@ def full_precision(device_type: str) -> AbstractContextManager[object]:
     """No autocast and no reduced-precision float32 matrix products inside the block."""
     # The precision is global and read when a kernel is launched; a compiled graph reads it when it is built,
     # where it cannot be changed for a part of the graph.
-    if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
+    if torch.compiler.is_compiling() or not _reduced():
         return torch.autocast(device_type, enabled=False)
     return _full_precision(device_type)
+
+
+def _reduced() -> bool:
+    if not _MATMULS:
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(matmul.fp32_precision not in ("none", "ieee") for matmul in _MATMULS)
 
 
 @contextmanager
 def _full_precision(device_type: str) -> Generator[None]:
     with torch.autocast(device_type, enabled=False):
-        before = torch.get_float32_matmul_precision()
+        own = [matmul.fp32_precision for matmul in _MATMULS]
+        try:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:  # where fp32_precision was set, which the older name cannot tell
+            before = None
         torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            if before is not None:
+                torch.set_float32_matmul_precision(before)
+            for matmul, precision in zip(_MATMULS, own, strict=True):  # the older name sets all backends
+                matmul.fp32_precision = precision

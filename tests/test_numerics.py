@@ -1,6 +1,8 @@
 """The conventions for dtypes, noise levels and precision."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -136,3 +138,36 @@ def test_full_precision_restores_the_matmul_precision(before: str) -> None:
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision(original)
+
+
+SETTINGS = (
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('high')",
+)
+INSIDE = """
+import sys, torch
+from gaussnet.numerics import full_precision
+def now():
+    return [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+exec(sys.argv[1])
+before = now()
+assert before != ["none", "none"], before
+with full_precision("cpu"):
+    assert now() == ["ieee", "ieee"], now()
+assert now() == before, (before, now())
+if "allow_tf32" in sys.argv[1]:  # the older names agree, still
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.get_float32_matmul_precision() == "highest"
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="came with PyTorch 2.9")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_full_precision_knows_the_settings_by_backend(setting: str) -> None:
+    # In a process of its own: of the settings, not all can be undone.
+    command = [sys.executable, "-c", INSIDE, setting]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -61,7 +61,7 @@ def draw_sigma(count: int, config: LossConfig, generator: torch.Generator) -> Te
             torch.tensor((math.log(config.sigma_max) - config.P_mean) / config.P_std).double()
         )
         u = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-        z = torch.special.ndtri(u.clamp_min(1e-12) * top.to(device)).float()
+        z = torch.special.ndtri(u.clamp_min(1e-12) * top).float()
     return torch.exp(config.P_mean + config.P_std * z)
 
 
@@ -71,7 +71,7 @@ def make_batch(raw: Tensor, labels: Tensor, step: int, share: slice, data: Data,
     clean = data.train.to_float(raw)
     if config.data.xflip:
         flips = torch.rand(count, generator=generator_for(config.seed, "flip", step))[share] < 0.5
-        clean = torch.where(flips.to(device)[:, None, None, None], clean.flip(-1), clean)
+        clean = torch.where(flips.to(device, non_blocking=True)[:, None, None, None], clean.flip(-1), clean)
     augment_labels = None
     if config.augment.on():
         drawn = draw(count, config.augment, generator_for(config.seed, "augment", step))
@@ -85,7 +85,7 @@ def make_batch(raw: Tensor, labels: Tensor, step: int, share: slice, data: Data,
             torch.rand(count, generator=generator_for(config.seed, "labels", step))
             >= config.loss.label_dropout
         )
-        class_labels = class_labels * kept[share].to(device)[:, None]
+        class_labels = class_labels * kept[share].to(device, non_blocking=True)[:, None]
     return Batch(clean, sigma[share], noise[share], class_labels, augment_labels)
 
 
