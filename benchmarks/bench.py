@@ -19,8 +19,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -28,17 +26,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from machine import gpu, machine, versions
 from results import Number
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
 RESULTS = ("<!-- results -->", "<!-- /results -->")
 PERFORMANCE = ("<!-- performance: made by benchmarks/bench.py -->", "<!-- /performance -->")
-PACKAGES = ("torch", "gaussnet", "numpy", "scipy", "scikit-learn")
 DATA = {
     "mnist": "folder of MNIST's four files",
     "emoji": "zip of 64x64 colour PNGs",
@@ -58,6 +55,7 @@ class Entry:
     full: str = ""
     takes: tuple[str, ...] = ()  # data that it uses if they are given
     needs: tuple[str, ...] = ()  # data without which it has nothing to measure
+    gpu: bool = False  # whether it measures one
 
 
 ENTRIES = (
@@ -79,6 +77,7 @@ ENTRIES = (
         needs=("model",),
     ),
     Entry("scaling", None),
+    Entry("gpu_step", "--repeats 5", "--repeats 15 --compile", gpu=True),
     Entry("mnist_features", "--evaluate tests/fixtures/mnist_features", needs=("mnist",)),
 )
 
@@ -94,28 +93,8 @@ def lacks(entry: Entry, options: argparse.Namespace) -> list[str]:
         name: getattr(options, name) or (FOLDER.parent / STAND_INS.get(name, "-")).exists() for name in DATA
     }
     time = ["--full"] if arguments_of(entry, options.full) is None else []
+    time += ["a GPU"] if entry.gpu and gpu() is None else []
     return time + [f"--{name}" for name in entry.needs if not there[name]]
-
-
-def machine() -> dict[str, Any]:
-    """The processor, its cores and the memory."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else name
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": name, "cores": os.cpu_count(), "memory_gb": round(memory)}
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' that do the work."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def run(entry: Entry, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -210,7 +189,8 @@ def where(result: dict[str, Any]) -> str:
     had = result["machine"]
     parts = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     cores = f"{had['cores']} cores, {had['threads']} threads, {had['memory_gb']} GB"
-    return f"{had['cpu']}, {cores}, load {had['load']:g} before; {parts}"
+    card = f"{had['gpu']}, " if "gpu" in had else ""
+    return f"{card}{had['cpu']}, {cores}, load {had['load']:g} before; {parts}"
 
 
 def page_block(result: dict[str, Any], printed: str) -> str:
@@ -259,7 +239,7 @@ def readme_block(entries: Sequence[Entry] = ENTRIES, folder: Path = FOLDER) -> s
             rows.append(f"| [{number.name}]({page}) | {number.told()}{missed} | {asked} | {number.against} |")
         if shown:
             had, make = result["machine"], "bench-full" if result["mode"] == "full" else "bench"
-            told = f"{had['cpu']}, {had['cores']} cores, torch {result['versions']['torch']}"
+            told = f"{had.get('gpu', had['cpu'])}, {had['cores']} cores, torch {result['versions']['torch']}"
             runs.append(f"`make {make}`, {result['date']}, {told}")
     if not rows:
         return "No results yet: `make bench` measures them."

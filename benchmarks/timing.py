@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.profiler import profile
 
 Call = Callable[[], object]
@@ -19,6 +20,8 @@ def compare(calls: dict[str, Call], repeats: int) -> dict[str, float]:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if repeat:  # the first one warms up
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
