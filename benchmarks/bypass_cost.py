@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from bypass_ablation import ARMS, HERE, TABLES, TASKS, prepare
+from bypass_ablation import HERE, TABLES, TASKS, keys_of, prepare
 from results import Record, parser
 from timing import Call, compare
 
@@ -27,7 +27,8 @@ from train.models import build_network, fit_analytic, fit_wrapping, wrap
 
 def step(config: Config, data: Data, model: BypassPrecond) -> Call:
     """Forward and backward pass on the first batch."""
-    raw, labels = data.train[torch.arange(config.train.batch)]
+    device = model.gaussian.mean.device
+    raw, labels = (part.to(device) for part in data.train[torch.arange(config.train.batch)])
     batch = make_batch(raw, labels, 0, slice(0, config.train.batch), data, config)
 
     def call() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
     made.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="for images that are made")
     made.add_argument("--task", nargs="+", choices=TASKS, default=["core"])
     made.add_argument("--repeats", type=int, default=15)
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     record, sources = Record(options), prepare(options, options.folder.resolve())
@@ -52,12 +54,13 @@ def main() -> None:
     for task in options.task:
         calls: dict[str, Call] = {}
         for arm in TASKS[task].arms:
-            keys = [key.format(**sources) for key in TASKS[task].keys] + list(ARMS[arm])
-            config = load_config(HERE / "bypass_ablation.yaml", [*keys, "fit.max_data=2000"])
+            keys = [*keys_of(task, arm, sources), "fit.max_data=2000"]
+            config = load_config(HERE / "bypass_ablation.yaml", keys)
             data = load_data(config.data)
-            accelerator = Accelerator(cpu=True)
+            accelerator = Accelerator(cpu=options.device == "cpu")
             wrapping = fit_wrapping(config, data, fit_analytic(config, data, accelerator), accelerator)
-            calls[arm] = step(config, data, wrap(config, build_network(config, data), wrapping).train())
+            model = wrap(config, build_network(config, data), wrapping).to(accelerator.device)
+            calls[arm] = step(config, data, model.train())
         times = compare(calls, options.repeats)
         for arm, seconds in times.items():
             ratio = record.number(f"{task}: step of {arm} over EDM's", seconds / times["edm"])

@@ -46,7 +46,8 @@ def gradient_noise(model: BypassPrecond, config: Config, data: Data) -> float:
     model.train()
     for step in range(PARTS):
         index = batch_indices(len(data.train), config.train.batch, config.train.steps + step, config.seed)
-        batch = make_batch(*data.train[index], config.train.steps + step, whole, data, config)
+        raw, labels = (part.to(model.gaussian.mean.device) for part in data.train[index])
+        batch = make_batch(raw, labels, config.train.steps + step, whole, data, config)
         model.zero_grad()
         denoising_loss(model, model, batch).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
@@ -65,11 +66,13 @@ def samples_of(model: Denoiser, name: str, count: int, n_classes: int) -> Tensor
     """Samples (count, C, H, W) by seeds; labels in turn."""
     solver, steps = SAMPLERS[name]
     parts: list[Tensor] = []
-    for seeds in torch.arange(count).split(100):
-        x = 80 * noise_of(seeds.tolist(), tuple(model.event_shape))
-        labels = None if not n_classes else torch.nn.functional.one_hot(seeds % n_classes, n_classes).float()
+    device = next(model.buffers()).device
+    for seeds in torch.arange(count).split(250):
+        x = 80 * noise_of(seeds.tolist(), tuple(model.event_shape)).to(device)
+        classes = (seeds % max(n_classes, 1)).to(device)
+        labels = None if not n_classes else torch.nn.functional.one_hot(classes, n_classes).float()
         parts.append(solver(model, x, karras_sigmas(steps), class_labels=labels))
-    return torch.cat(parts).float()
+    return torch.cat(parts).float().cpu()
 
 
 def main() -> None:
@@ -83,7 +86,8 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
     data = load_data(config.data)
-    model = from_pretrained(options.run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = from_pretrained(options.run).to(device)
     assert isinstance(model, BypassPrecond)
     parameters = sum(p.numel() for p in model.parameters())
     values: dict[str, float] = {
@@ -91,20 +95,20 @@ def main() -> None:
         "gradient noise": gradient_noise(model, config, data),
     }
     model.requires_grad_(False)
-    images = data.train.tensor()
-    extractor = None if options.features is None else load_extractor(options.features)
+    images = data.train.tensor()[:20_000]
+    extractor = None if options.features is None else load_extractor(options.features).to(device)
+    real = torch.empty(0) if extractor is None else torch.cat(list(extract_features(extractor, images))).cpu()
     for name in SAMPLERS:
         drawn = to_uint8(samples_of(model, name, options.samples, data.n_classes)).float() / 127.5 - 1
         if extractor is not None:
-            real = torch.cat(list(extract_features(extractor, images[:20_000])))
-            fake = torch.cat(list(extract_features(extractor, drawn)))
-            reference = FeatureStatistics.fit(real)
-            values[f"frechet, {name}"] = FeatureStatistics.fit(fake).distance(reference)
+            fake = torch.cat(list(extract_features(extractor, drawn))).cpu()
+            values[f"frechet, {name}"] = FeatureStatistics.fit(fake).distance(FeatureStatistics.fit(real))
+            size, generator = min(1000, len(real), len(fake)), torch.Generator().manual_seed(0)
             values[f"kernel, {name}"] = kernel_distance(
-                real[:5000], fake, generator=torch.Generator().manual_seed(0)
+                real[:5000], fake, subset_size=size, generator=generator
             ).mean
         if name == "heun 35":
-            values["memorised"] = memorisation(drawn, images[:20_000]).share
+            values["memorised"] = memorisation(drawn, images).share
     rows = [{"name": name, "value": value} for name, value in values.items()]
     (options.run / "measured.json").write_text(json.dumps(rows))
 

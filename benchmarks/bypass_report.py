@@ -8,7 +8,8 @@ images, of averaged weights. "Steps to EDM's error" are the steps after which an
 the levels is that of EDM's last step, as a share of EDM's steps, interpolated in the logarithm of the step;
 "time" is that share times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest
 ratio of errors over the levels, above 1 where an arm is worse than EDM somewhere. Ratios are geometric means
-over seeds, paired by seed, with 95% intervals by Student's t of their logarithms.
+over seeds, paired by seed: of three or more with 95% intervals by Student's t of their logarithms, of two
+with both. An arm that is told the class is also compared with EDM that is told.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from gaussnet.plots.style import pyplot, save
 EVIDENCE = HERE.parent / "docs" / "evidence.md"
 MARKERS = ("<!-- ablation: made by benchmarks/bypass_report.py -->", "<!-- /ablation -->")
 REFERENCE = "edm"
+OTHERS = {"bypass-classes": "edm-classes"}  # arms that are compared with another one, too
+LEAST = 1e-3  # of EDM's steps: what an arm that begins there is counted as, in means
 RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 0.5": (0.0, 0.49)}
 SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
 
@@ -47,9 +50,9 @@ def compared(table: str) -> Iterator[dict[str, str]]:
     """The rows of the runs that are compared: full ones, at the rate that was chosen for their arm."""
     chosen = rates()
     for row in read(TABLES / f"{table}.csv"):
-        task = row["task"] if TASKS[row["task"]].rates else "core"
-        lr = float(row["lr"])
-        if int(row["seed"]) != RATE_SEED and chosen.get((task, row["arm"]), lr) == lr:
+        own, lr = TASKS[row["task"]].rates, float(row["lr"])
+        rate = own[0] if len(own) == 1 else chosen.get((row["task"] if own else "core", row["arm"]), lr)
+        if int(row["seed"]) != RATE_SEED and rate == lr:
             yield row
 
 
@@ -80,18 +83,21 @@ def reached(curve: Curve, target: float, low: float, high: float) -> float:
     return math.inf
 
 
-def interval(logs: Sequence[float]) -> str:
-    """A geometric mean with its interval."""
-    finite = [value for value in logs if math.isfinite(value)]
+def interval(shares: Sequence[float]) -> str:
+    """A geometric mean with its interval, or both of two; inf where it was not reached."""
+    finite = [share for share in shares if math.isfinite(share)]
     if not finite:
-        return "not reached" if logs and logs[0] > 0 else "0"
-    mean = float(np.mean(finite))
-    text = f"{math.exp(mean):.3f}"
-    if len(finite) > 1:
-        spread = float(stats.t.ppf(0.975, len(finite) - 1) * np.std(finite, ddof=1) / math.sqrt(len(finite)))
+        return "not reached"
+    logs = np.log(np.maximum(finite, LEAST))
+    mean = float(np.mean(logs))
+    text = f"{math.exp(mean):.3f}" if any(finite) else "0"
+    if any(finite) and len(finite) == 2:
+        text += f" ({', '.join(f'{share:.3f}' for share in finite)})"
+    elif any(finite) and len(finite) > 2:
+        spread = float(stats.t.ppf(0.975, len(finite) - 1) * np.std(logs, ddof=1) / math.sqrt(len(finite)))
         text += f" ({math.exp(mean - spread):.3f} to {math.exp(mean + spread):.3f})"
-    missing = len(logs) - len(finite)
-    return text + (f", {missing} of {len(logs)} seeds never" if missing else "")
+    missing = len(shares) - len(finite)
+    return text + (f", {missing} of {len(shares)} seeds never" if missing else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -112,31 +118,35 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
     sigmas = sorted(own[REFERENCE, seeds[0]][last])
     speeds: list[list[str]] = []
     errors: list[list[str]] = []
-    for arm in arms:
-        paired = [seed for seed in seeds if (arm, seed) in own]
-        cells: list[str] = []
-        for low, high in RANGES.values():
-            logs: list[float] = []
-            for seed in paired:
-                step = reached(own[arm, seed], level(own[REFERENCE, seed][last], low, high), low, high)
-                logs.append(math.log(step / last) if step > 0 else -math.inf)
-            if not cells:
-                times = [log + math.log(costs.get(arm, math.nan)) for log in logs]
-                cells.append(interval(times) if arm in costs else "-")
-            cells.append(interval(logs))
-        ratios = [
-            [math.log(own[arm, seed][last][sigma] / own[REFERENCE, seed][last][sigma]) for seed in paired]
-            for sigma in sigmas
-        ]
-        if arm != REFERENCE:
-            worst = max(range(len(sigmas)), key=lambda k: np.mean(ratios[k]))
-            where = f"{math.exp(np.mean(ratios[worst])):.3f} (at {sigmas[worst]:g})"
-            speeds.append([arm, str(len(paired)), *cells[1:], cells[0], where])
+    pairs = [(arm, REFERENCE) for arm in arms]
+    pairs += [(arm, other) for arm, other in OTHERS.items() if arm in arms and other in arms]
+    for arm, other in pairs:
+        paired = [seed for seed in seeds if (arm, seed) in own and (other, seed) in own]
+        name = arm if other == REFERENCE else f"{arm}, of {other}"
         if arm == REFERENCE:
             absolute = [np.mean([own[arm, seed][last][sigma] for seed in paired]) for sigma in sigmas]
             errors.append([f"{arm}, error", *(f"{value:.3g}" for value in absolute)])
-        else:
-            errors.append([f"{arm}, ratio", *(f"{math.exp(np.mean(logs)):.3f}" for logs in ratios)])
+            continue
+        cells: list[str] = []
+        for low, high in RANGES.values():
+            targets = [level(own[other, seed][last], low, high) for seed in paired]
+            steps = [
+                reached(own[arm, seed], target, low, high) / last
+                for seed, target in zip(paired, targets, strict=True)
+            ]
+            if not cells:
+                known = arm in costs and (other in costs or other == REFERENCE)
+                cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
+                cells.append(interval([step * cost for step in steps]) if known else "-")
+            cells.append(interval(steps))
+        ratios = [
+            [math.log(own[arm, seed][last][sigma] / own[other, seed][last][sigma]) for seed in paired]
+            for sigma in sigmas
+        ]
+        worst = max(range(len(sigmas)), key=lambda k: np.mean(ratios[k]))
+        where = f"{math.exp(np.mean(ratios[worst])):.3f} (at {sigmas[worst]:g})"
+        speeds.append([name, str(len(paired)), *cells[1:], cells[0], where])
+        errors.append([f"{name}, ratio", *(f"{math.exp(np.mean(logs)):.3f}" for logs in ratios)])
     head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
     return "\n\n".join(
         [

@@ -39,14 +39,18 @@ def test_the_step_is_interpolated_in_its_logarithm() -> None:
 
 
 def test_interval_is_students() -> None:
-    logs = [math.log(value) for value in (0.5, 0.4, 0.6)]
+    shares = [0.5, 0.4, 0.6]
+    logs = [math.log(value) for value in shares]
     low, high = stats.t.interval(0.95, 2, *stats.norm.fit(logs)[:1], stats.sem(logs))
     mean = sum(logs) / 3
-    assert interval(logs) == f"{math.exp(mean):.3f} ({math.exp(low):.3f} to {math.exp(high):.3f})"
-    assert interval(logs[:1]) == "0.500"
+    assert interval(shares) == f"{math.exp(mean):.3f} ({math.exp(low):.3f} to {math.exp(high):.3f})"
+    assert interval(shares[:1]) == "0.500"
+    assert interval([0.9, 0.4]) == "0.600 (0.900, 0.400)", "of two, both"
     assert interval([math.inf]) == "not reached"
-    assert interval([-math.inf]) == "0"
-    assert interval([math.log(0.5), math.inf]) == "0.500, 1 of 2 seeds never"
+    assert interval([0.0, 0.0, 0.0]) == "0"
+    assert interval([0.0, 0.1]) == "0.010 (0.000, 0.100)", "a thousandth, for what begins there"
+    assert interval([0.5, math.inf]) == "0.500, 1 of 2 seeds never"
+    assert interval([0.0, math.inf]) == "0, 1 of 2 seeds never"
 
 
 @pytest.fixture
@@ -78,8 +82,8 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| marginal |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:2] == ["marginal", "2"]
-    assert cells[2] == "0.250 (0.250 to 0.250)"  # four times fewer steps
-    assert cells[5] == "0.300 (0.300 to 0.300)", "each costs 1.2 of EDM's"
+    assert cells[2] == "0.250 (0.250, 0.250)"  # four times fewer steps
+    assert cells[5] == "0.300 (0.300, 0.300)", "each costs 1.2 of EDM's"
     assert cells[6].startswith("0.500 (at")
     assert task_text("digits", curves()) == ""
 
@@ -123,3 +127,13 @@ def test_the_arms_of_the_page_are_those_of_the_script() -> None:
     page = bypass_report.EVIDENCE.read_text()
     missing = [arm for arm in bypass_ablation.ARMS if f"`{arm}`" not in page]
     assert not missing
+
+
+def test_a_task_with_one_rate_needs_no_short_runs(tables: Path, tmp_path: Path) -> None:
+    data = {"mnist": "mnist"}
+    (rate,) = bypass_ablation.TASKS["long"].rates
+    planned = list(bypass_ablation.runs("long", ["edm", "marginal"], 1, tmp_path / "none", data))
+    assert [(run.arm, run.seed, run.lr) for run in planned] == [("edm", 0, rate), ("marginal", 0, rate)]
+    for lr, error in ((rate, 0.2), (2 * rate, 0.1)):
+        collect(Run("long", "edm", 0, lr, 10_000), {10_000: error})
+    assert {key: curve[10_000][1.0] for key, curve in curves().items()} == {("long", "edm", 0): 0.2}
