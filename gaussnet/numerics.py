@@ -131,6 +131,11 @@ def expand_as_event(values: Tensor, event_ndim: int) -> Tensor:
     return values.reshape(*values.shape, *(1,) * event_ndim)
 
 
+def pick(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`, of shape (*index.shape, *table.shape[1:]), also under vmap of older PyTorch."""
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
+
+
 def full_precision(device_type: str) -> AbstractContextManager[object]:
     """No autocast and no reduced-precision float32 matrix products inside the block."""
     # The precision is global and read when a kernel is launched; a compiled graph reads it when it is built,

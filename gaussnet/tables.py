@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gaussnet.numerics import Sigma, as_sigma
+from gaussnet.numerics import Sigma, as_sigma, pick
 
 
 class LevelTable(nn.Module):
@@ -45,10 +45,10 @@ class LevelTable(nn.Module):
         shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
         log_sigma = torch.log(as_sigma(sigma, self.values, shape, self.values.dtype))
         right = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self.log_sigma) - 1)
-        x0, x1 = self.log_sigma[right - 1], self.log_sigma[right]
+        x0, x1 = pick(self.log_sigma, right - 1), pick(self.log_sigma, right)
         share = ((log_sigma - x0) / (x1 - x0).clamp_min(torch.finfo(x0.dtype).tiny)).clamp(0, 1)
         share = share.reshape(share.shape + (1,) * (self.values.ndim - 1))
-        return torch.lerp(self.values[right - 1], self.values[right], share)
+        return torch.lerp(pick(self.values, right - 1), pick(self.values, right), share)
 
     def to_arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs."""

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from cases import ANALYTIC, DENOISERS, DTYPES, EVENT, LABELLED, denoiser, noised, randn, relative_error
-from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,9 +91,6 @@ def test_gradients_flow_through_x(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close((gradient * step).sum(), change, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.xfail(
-    Version(torch.__version__) < Version("2.14"), raises=RuntimeError, reason="vmap of x[index] in the delta"
-)
 @analytic
 @dtypes
 def test_vmap(name: str, dtype: torch.dtype) -> None:

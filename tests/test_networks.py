@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import EVENT, denoiser, noised, relative_error
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -268,11 +267,6 @@ def test_compiles_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(outs[1], outs[0])
 
 
-@pytest.mark.xfail(
-    Version(torch.__version__) < Version("2.14"),
-    raises=RuntimeError,
-    reason="vmap of GroupNorm, channels last",
-)
 @networks
 def test_vmap(name: str) -> None:
     net = awake(tiny(name))

@@ -165,6 +165,14 @@ def test_c_out_at_impossible_levels(sigma: float) -> None:
         bypass(denoiser("isotropic")).c_out(sigma)
 
 
+def test_scale_and_weight_are_as_wide_as_their_levels() -> None:
+    model = BypassPrecond(Recorder(), denoiser("gaussian-full", torch.float32), GATE)
+    for dtype in (torch.float32, torch.float64):
+        level = torch.tensor([0.1, 1.0], dtype=dtype)
+        assert (model.c_out(level).dtype, model.weight(level).dtype) == (dtype, dtype)
+    assert model.c_out(0.5).dtype == torch.float32, "that of the buffers"
+
+
 # Network ------------------------------------------------------------------------------------------
 
 
@@ -195,6 +203,25 @@ def test_the_mean_colour_is_one_of_each_channel() -> None:
     v = 0.2 + (mean - mean.mean((1, 2), keepdim=True)).square().mean()
     expected = (x - torch.arange(3.0).reshape(3, 1, 1)) / (v + 0.09).sqrt()
     torch.testing.assert_close(net.calls[0][0], expected)
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((6,), ()), ((2, 3), (1,)), ((2, 3, 4), (1, 2))])
+def test_the_mean_of_a_channel_is_over_all_axes_behind_it(
+    shape: tuple[int, ...], axes: tuple[int, ...]
+) -> None:
+    mean, x, net = randn(*shape, seed=3), randn(2, *shape), Recorder()
+    gaussian = GaussianDenoiser.isotropic(mean, 0.2)
+    BypassPrecond(net, gaussian, base="gaussian", show_gaussian=False, centre="channel")(x, 0.3)
+    flat = mean.mean(axes, keepdim=True) if axes else mean  # without such axes, a channel is a number
+    v = 0.2 + (mean - flat).square().mean()
+    torch.testing.assert_close(net.calls[0][0], (x - flat) / (v + 0.09).sqrt())
+
+
+def test_a_model_without_a_gate_says_so() -> None:
+    gated = BypassPrecond(tiny_unet(in_channels=2), denoiser("gaussian-full"), GATE)
+    open_ = BypassPrecond(tiny_unet(in_channels=2), denoiser("gaussian-full"))
+    assert open_.to_arguments()["gate"] is None
+    assert gated.to_arguments()["gate"] is not None
 
 
 @shown

@@ -29,6 +29,7 @@ from gaussnet.numerics import (
     check_event,
     compute_dtype,
     full_precision,
+    pick,
     result_dtype,
     wide_dtype,
 )
@@ -149,7 +150,9 @@ class DeltaDenoiser(Denoiser):
                 largest = gains.amax(-1)
             else:
                 top, nearest = gains.topk(min(_RESCORED, len(keys)), -1)
-                distances = [torch.linalg.vector_norm(flat - chunk[i], dim=-1) for i in nearest.unbind(-1)]
+                distances = [
+                    torch.linalg.vector_norm(flat - pick(chunk, i), dim=-1) for i in nearest.unbind(-1)
+                ]
                 exact = common[..., None] - 0.5 * torch.stack(distances, -1) ** 2
                 exact = exact.masked_fill(top == -math.inf, -math.inf)
                 largest = exact.amax(-1)

@@ -40,6 +40,7 @@ from gaussnet.numerics import (
     expand_as_event,
     full_precision,
     known_true,
+    pick,
     result_dtype,
     wide_dtype,
 )
@@ -269,7 +270,7 @@ class PatchDenoiser(LocalDenoiser):
         """The side of the patch at a noise level, of the shape of `sigma`."""
         table = self.patch_sigmas.to(wide_dtype(self.data.device))
         level = torch.as_tensor(sigma, dtype=table.dtype, device=table.device)
-        return self.patch_sizes[(level[..., None].log() - table.log()).abs().argmin(-1)]
+        return pick(self.patch_sizes, (level[..., None].log() - table.log()).abs().argmin(-1))
 
     def _reach(self, level: Tensor) -> Tensor:
         """How far patches reach from their centre, (b, 1) or (1, 1)."""

@@ -48,7 +48,16 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
         raise ValueError(f"GroupNorm: got {channels} channels, expected a multiple of 4, above 128 of 32")
-    return nn.GroupNorm(groups, channels, eps=eps)
+    # Until PyTorch 2.13, batched group norms and those in forward mode take no channels last.
+    return (nn.GroupNorm if torch.__version__ >= "2.14" else _GroupNorm)(groups, channels, eps=eps)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Of its input in the plain layout, in a transform of torch.func."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(input)  # pyright: ignore
+        return super().forward(input.clone(memory_format=torch.contiguous_format) if plain else input)
 
 
 def _filter2d(taps: Sequence[float]) -> Tensor:
