@@ -25,6 +25,7 @@ from gaussnet.samplers import (
     unipc,
     weights,
 )
+from gaussnet.samplers.model_statistics import _statistics
 from gaussnet.samplers.multistep import multistep
 
 GRID = log_snr_sigmas(40, 0.002, 80.0)
@@ -346,6 +347,16 @@ def test_statistics_of_networks_and_classes() -> None:
         m, data, levels, generator=torch.Generator().manual_seed(0), class_labels=rows, **arguments
     )
     torch.testing.assert_close(again.l, by_class.l)
+
+
+@pytest.mark.parametrize(("spread", "rate"), [(2e-4, -0.5), (0.5e-4, 0.0)])
+def test_what_hardly_varies_has_no_rate(spread: float, rate: float) -> None:
+    levels = torch.logspace(-2, 1, 5, dtype=torch.float64)
+    half = torch.full((5, 1), 0.5, dtype=torch.float64)  # dD/dx, and so 1 - l
+    product = torch.zeros(5, 3, 3, 1, dtype=torch.float64)
+    product[:, 1, 1] = (spread * half * levels[:, None]) ** 2  # D alone varies, f by as much
+    found = _statistics(levels, torch.zeros(5, 3, 1, dtype=torch.float64), product, half, 1e-16)
+    torch.testing.assert_close(found.s, torch.full_like(half, rate))
 
 
 def test_statistics_on_disk(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
         ({"sigma_skip": 10.0}, [28.37, 19.35, 12.91]),
         ({"sigma_skip": 8.0, "steps": 6}, [43.22, 26.55, 15.24]),
         ({"sigma_skip": 8.0, "steps": 6, "rho": 7.0}, [91.55, 44.47, 19.88]),
+        ({"sigma_skip": 8.0, "steps": 1}, [38.10, 24.16, 14.44]),  # as if 4 came next, in sigma^(1/4)
     ],
 )
 def test_history_is_the_trajectory_a_step_apart(how: dict[str, Any], above: list[float]) -> None:
