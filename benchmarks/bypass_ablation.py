@@ -10,7 +10,8 @@ An arm is a way to train a denoiser, as keys of train/config.py; a task is image
 of a task and seed see the same images in the same order, the same noise, and begin with the same weights
 wherever shapes agree. The learning rate of each arm is the best of three in runs of a fifth of the steps,
 with a seed of its own. Several of these commands can run beside each other, each with --threads 1: a run is
-done by one of them. What was measured is added to the tables in benchmarks/bypass_ablation/ as runs end.
+done by one of them. What was measured is added to the tables in benchmarks/bypass_ablation/ as runs end; a
+run that is there is not done again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RATE_SEED = 100
 SHORT = 5  # runs that choose a learning rate have this part of the steps
 
 BLEND = "bypass.base=blend"
+CROSS = "fit.folds=5"
 NO_GATE, HIDDEN, CHANNEL = "bypass.gate=false", "bypass.show_gaussian=false", "bypass.centre=channel"
 ARMS: dict[str, tuple[str, ...]] = {
     "edm": ("precond=edm",),
@@ -49,6 +51,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-whitened": (BLEND, "bypass.whiten=true"),
     "marginal": ("bypass.base=marginal",),  # with gate and shown: the defaults
     "marginal-hidden": ("bypass.base=marginal", HIDDEN),
+    "edm-shown-folds": ("bypass.base=isotropic", NO_GATE, CROSS),
+    "bypass-all-folds": (BLEND, CROSS),
+    "marginal-folds": ("bypass.base=marginal", CROSS),  # the defaults where images are few
     "edm-moments-channel": ("bypass.base=isotropic", HIDDEN, NO_GATE, CHANNEL),
     "bypass-all-channel": (BLEND, CHANNEL),
     "marginal-channel": ("bypass.base=marginal", CHANNEL),
@@ -59,6 +64,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-truncated": (BLEND, "loss.sigma_max=10"),
 }
 HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
+FEW = (*HEADLINE, "marginal-folds", "bypass-all-folds", "edm-shown-folds")
+PARTS = (*FEW, "bypass-shown", "marginal-hidden")
+LARGEST = ("edm", "bypass-all", "marginal", "bypass-all-folds", "marginal-folds")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Task:
     features: str | None = None
 
 
+CORE = tuple(arm for arm in ARMS if CROSS not in ARMS[arm])
 N = "network.arguments"
 NO_UNET = (f"{N}.channel_mult=null", f"{N}.attn_resolutions=null", f"{N}.num_blocks=4")
 DIT = (*NO_UNET, "network.name=DiT", f"{N}.model_channels=128", f"{N}.patch_size=4", f"{N}.num_heads=4")
@@ -82,14 +91,15 @@ MINI_EDM = ("data.pad=2", "network.arguments.channel_mult=[1,2,3,4]")
 UNET = "network.arguments.model_channels=24"
 FEATURES = "tests/fixtures/mnist_features"
 TASKS: dict[str, Task] = {
-    "core": Task(("data.source={mnist}",), tuple(ARMS), 3, features=FEATURES),
-    "emoji32": Task(("data.source={emoji32}", "data.groups={groups}", "data.heldout=0.15", UNET)),
-    "digits": Task(("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]")),
-    "patches": Task(("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET)),
+    "core": Task(("data.source={mnist}",), CORE, 3, features=FEATURES),
+    "emoji32": Task(("data.source={emoji32}", "data.groups={groups}", "data.heldout=0.15", UNET), FEW),
+    "digits": Task(("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]"), FEW),
+    "patches": Task(("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET), FEW),
     "dit": Task(("data.source={mnist}", *DIT), rates=(5e-4, 1e-3, 2e-3)),  # above, runs break late
     "mlp": Task(("data.source={mnist}", *MLP), rates=(5e-4, 1e-3, 2e-3), widths=(512, 492, 474)),
-    "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), rates=(), features=FEATURES),
-    "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), rates=(), features=FEATURES),
+    "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), PARTS, rates=(), features=FEATURES),
+    "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), FEW, rates=(), features=FEATURES),
+    "mnist-10000": Task(("data.source={mnist}", "data.heldout=50000"), LARGEST, rates=(), features=FEATURES),
     # At 8e-3, which short runs would choose, three of five arms break between steps 2,000 and 4,000.
     "long": Task(("data.source={mnist}", *MINI_EDM), steps=10_000, rates=(2e-3,), features=FEATURES),
 }
@@ -113,18 +123,21 @@ class Run:
 
 
 def runs(
-    task: str, arms: list[str], seeds: int | None, folder: Path, data: Mapping[str, str]
+    task: str, arms: list[str], seeds: int | None, errors: list[dict[str, str]], data: Mapping[str, str]
 ) -> Iterator[Run]:
-    """All runs of a task, those of the first seeds first; learning rates are chosen when they can be."""
+    """All runs of a task, those of the first seeds first; learning rates are chosen when they can be.
+
+    `errors` are the rows of the table so far.
+    """
     spec = TASKS[task]
     for seed in range(-1, spec.seeds if seeds is None else seeds):
         for arm in arms:
             keys = keys_of(task, arm, data)
             if seed < 0:
-                for lr in spec.rates if len(spec.rates) > 1 else ():
+                for lr in spec.rates if len(spec.rates) > 1 and arm == plain(arm) else ():
                     yield Run(task, arm, RATE_SEED, lr, spec.steps // SHORT, keys)
                 continue
-            rate = best_rate(task if spec.rates else "core", arm, folder)
+            rate = best_rate(task if spec.rates else "core", plain(arm), errors)
             if rate is not None:
                 yield Run(task, arm, seed, rate, spec.steps, keys)
 
@@ -143,17 +156,31 @@ def images_seen(arm: str) -> int:
     return 3 if "bypass.base=marginal" in ARMS[arm] else 2
 
 
-def best_rate(task: str, arm: str, folder: Path) -> float | None:
+def plain(arm: str) -> str:
+    """The arm whose learning rate an arm takes: the same without folds."""
+    return arm.removesuffix("-folds")
+
+
+def best_rate(task: str, arm: str, errors: list[dict[str, str]]) -> float | None:
     """The learning rate of the lowest error in the short runs; None while one of them is missing."""
-    errors: dict[float, float] = {}
-    if len(TASKS[task].rates) == 1:
-        return TASKS[task].rates[0]
-    for lr in TASKS[task].rates:
-        path = folder / Run(task, arm, RATE_SEED, lr, 0).name
-        if not (path / "report.md").is_file():
-            return None
-        errors[lr] = last_error(path)
-    return min(errors, key=lambda lr: errors[lr])
+    spec = TASKS[task]
+    if len(spec.rates) == 1:
+        return spec.rates[0]
+    logs: dict[float, list[float]] = {lr: [] for lr in spec.rates}
+    for row in errors:
+        if (row["task"], row["arm"], row["seed"]) == (task, arm, str(RATE_SEED)) and float(row["lr"]) in logs:
+            logs[float(row["lr"])].append(float(np.log(float(row["error"]))))
+    if not all(logs.values()):
+        return None
+    return min(logs, key=lambda lr: float(np.mean(logs[lr])))
+
+
+def finished(errors: list[dict[str, str]]) -> set[Run]:
+    """The runs whose last step is in the table of errors."""
+    ends = [row for row in errors if row["step"] == row["steps"]]
+    return {
+        Run(row["task"], row["arm"], int(row["seed"]), float(row["lr"]), int(row["steps"])) for row in ends
+    }
 
 
 def last_error(path: Path) -> float:
@@ -339,17 +366,18 @@ def main() -> None:
 
 def work(tasks: list[str], options: argparse.Namespace, folder: Path, data: Mapping[str, str]) -> bool:
     """Goes through all runs once; whether anything was trained."""
-    trained = False
+    trained, errors = False, read(TABLES / "errors.csv")
+    known = finished(errors)
     for task in tasks:
         arms = [arm for arm in TASKS[task].arms if options.arm is None or arm in options.arm]
-        for run in runs(task, arms, options.seeds, folder, data):
+        for run in runs(task, arms, options.seeds, errors, data):
             if options.command == "list":
-                done = (folder / run.name / "measured.json").is_file()
+                done = (folder / run.name / "measured.json").is_file() or run in known
                 print(f"{'done' if done else 'open':5} {run.name}, {run.steps} steps")
             elif options.command == "collect":
                 if (folder / run.name / "measured.json").is_file():
                     collect(run, folder)
-            elif train(run, folder, options.threads):
+            elif run not in known and train(run, folder, options.threads):
                 collect(run, folder)
                 print(f"{run.name}: {last_error(folder / run.name):.4f}", flush=True)
                 trained = True

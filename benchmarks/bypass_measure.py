@@ -17,9 +17,10 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from gaussnet import Denoiser, dpmpp_2m, from_pretrained, heun, karras_sigmas
+from gaussnet import CrossFit, Denoiser, dpmpp_2m, from_pretrained, heun, karras_sigmas
 from gaussnet.metrics import (
     FeatureStatistics,
     extract_features,
@@ -34,13 +35,14 @@ from train.config import Config
 from train.configfile import load_config
 from train.data import Data, batch_indices, load_data
 from train.loss import denoising_loss, make_batch
+from train.models import fit_folds
 
 PARTS = 24  # batches of the gradient's variance
 SAMPLERS = {"heun 35": (heun, 18), "dpmpp_2m 8": (dpmpp_2m, 8)}
 
 
-def gradient_noise(model: BypassPrecond, config: Config, data: Data) -> float:
-    """The gradient-noise scale at the final weights, in images."""
+def gradient_noise(model: BypassPrecond, config: Config, data: Data, cross: CrossFit | None) -> float:
+    """The gradient-noise scale at the final weights, in images; `cross` are the closed forms of training."""
     whole = slice(0, config.train.batch)
     squares, total = 0.0, None
     model.train()
@@ -49,7 +51,7 @@ def gradient_noise(model: BypassPrecond, config: Config, data: Data) -> float:
         raw, labels = (part.to(model.gaussian.mean.device) for part in data.train[index])
         batch = make_batch(raw, labels, config.train.steps + step, whole, data, config)
         model.zero_grad()
-        denoising_loss(model, model, batch).backward()
+        denoising_loss(model, model, batch, cross=cross).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
         squares += float(gradient.square().sum()) / PARTS
         total = gradient if total is None else total + gradient
@@ -89,10 +91,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = from_pretrained(options.run).to(device)
     assert isinstance(model, BypassPrecond)
+    cross = fit_folds(config, data, Accelerator(cpu=device.type == "cpu"))
     parameters = sum(p.numel() for p in model.parameters())
     values: dict[str, float] = {
         "parameters": parameters,
-        "gradient noise": gradient_noise(model, config, data),
+        "gradient noise": gradient_noise(model, config, data, cross),
     }
     model.requires_grad_(False)
     images = data.train.tensor()[:20_000]

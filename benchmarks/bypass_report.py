@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 from bench import replace_block, write
-from bypass_ablation import ARMS, HERE, RATE_SEED, TABLES, TASKS, read
+from bypass_ablation import ARMS, HERE, RATE_SEED, TABLES, TASKS, plain, read
 from scipy import stats
 
 from gaussnet.plots.style import pyplot, save
@@ -51,7 +51,9 @@ def compared(table: str) -> Iterator[dict[str, str]]:
     chosen = rates()
     for row in read(TABLES / f"{table}.csv"):
         own, lr = TASKS[row["task"]].rates, float(row["lr"])
-        rate = own[0] if len(own) == 1 else chosen.get((row["task"] if own else "core", row["arm"]), lr)
+        rate = (
+            own[0] if len(own) == 1 else chosen.get((row["task"] if own else "core", plain(row["arm"])), lr)
+        )
         if int(row["seed"]) != RATE_SEED and rate == lr:
             yield row
 

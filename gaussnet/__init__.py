@@ -9,6 +9,7 @@ Reference: Wang and Vastola, arXiv 2412.09726.
 """
 
 from gaussnet.covariance import CosineCovariance, Covariance
+from gaussnet.cross_fit import CrossFit
 from gaussnet.data import ImageData, open_images
 from gaussnet.denoisers import (
     DeltaDenoiser,
@@ -71,6 +72,7 @@ __all__ = [
     "BypassPrecond",
     "CosineCovariance",
     "Covariance",
+    "CrossFit",
     "DeltaDenoiser",
     "Denoiser",
     "DhariwalUNet",

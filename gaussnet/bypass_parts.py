@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
 from gaussnet.measured import MeasuredError
+from gaussnet.numerics import result_dtype
 
 Centre = Literal["pixel", "channel"]
 Base = Literal["blend", "gaussian", "isotropic", "marginal"]
@@ -63,3 +64,20 @@ def check_parts(
             raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
     elif error is not None and error.other == MarginalDenoiser.__name__:
         raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")
+
+
+def check_forms(forms: tuple[Tensor, ...] | None, x: Tensor, marginals: bool) -> list[Tensor]:
+    """What takes the place of the closed forms of `x`, in the dtype of the result; without any, none.
+
+    Raises:
+        ValueError: if these are not D_gauss and, with marginals, D_m, each of the shape of `x`.
+    """
+    if forms is None:
+        return []
+    names = ["D_gauss", "D_m"] if marginals else ["D_gauss"]
+    if [form.shape for form in forms] != [x.shape] * len(names):
+        raise ValueError(
+            f"expected closed_forms of {', '.join(names)}, each of shape {tuple(x.shape)}, got shapes "
+            f"{[tuple(form.shape) for form in forms]}"
+        )
+    return [form.to(result_dtype(x)) for form in forms]

@@ -36,7 +36,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gaussnet.bypass_parts import Base, Centre, check_options, check_parts
+from gaussnet.bypass_parts import Base, Centre, check_forms, check_options, check_parts
 from gaussnet.covariance import Covariance
 from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
 from gaussnet.fit.streams import Data
@@ -232,16 +232,31 @@ class BypassPrecond(NetworkDenoiser):
         sigma: Sigma,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        closed_forms: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
+        """The denoised estimate of `x`.
+
+        Args:
+            x: noisy images (B, C, H, W).
+            sigma: their noise levels, as of `Denoiser.forward`.
+            class_labels: as of `Denoiser.forward`.
+            augment_labels: of a network that is told how its images were augmented.
+            closed_forms: D_gauss(x, sigma) and, where there are marginals, D_m(x, sigma), in place of the
+                model's own: what `CrossFit` returns, in training.
+
+        Raises:
+            ValueError: if there are not as many closed forms, each of the shape of `x`.
+        """
         batch_shape = self._batch_shape(x)
         dtype = result_dtype(x)
         level = as_sigma(sigma, x, batch_shape, dtype).expand(batch_shape)
-        gaussian = self.gaussian(x, level, class_labels)
+        forms = check_forms(closed_forms, x, self.marginals is not None)
+        gaussian = self.gaussian(x, level, class_labels) if not forms else forms[0]
         g = self._open(level)
         # In training, every process of a group has to go through its network.
         if self.gate is not None and not self.training and known_true((g == 0).all()):
             return gaussian
-        other = self._other(x, level, gaussian)
+        other = self._other(x, level, gaussian) if len(forms) < 2 else forms[1]
         inputs = self._inputs(x, level)
         if self.show_gaussian:
             shown = [gaussian] if self.marginals is None else [gaussian, other]

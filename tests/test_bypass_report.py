@@ -129,10 +129,36 @@ def test_the_arms_of_the_page_are_those_of_the_script() -> None:
     assert not missing
 
 
-def test_a_task_with_one_rate_needs_no_short_runs(tables: Path, tmp_path: Path) -> None:
+def test_rates_and_finished_runs_are_those_of_the_table(tables: Path) -> None:
+    data, arms = {"mnist": "mnist"}, ["edm", "marginal", "marginal-folds"]
+
+    def planned() -> list[tuple[str, str, int, float]]:
+        runs = bypass_ablation.runs("mnist-300", arms, 1, read(tables / "errors.csv"), data)
+        return [(run.task, run.arm, run.seed, run.lr) for run in runs]
+
+    seed, rates = bypass_ablation.RATE_SEED, bypass_ablation.RATES
+    for lr in rates[:-1]:
+        collect(Run("core", "marginal", seed, lr, 300), {300: lr})
+    assert planned() == [], "one short run is missing"
+    collect(Run("core", "marginal", seed, rates[-1], 300), {300: 1.0})
+    chosen = [("mnist-300", "marginal", 0, rates[0]), ("mnist-300", "marginal-folds", 0, rates[0])]
+    assert planned() == chosen, "folds take the rate of the arm without"
+
+    collect(Run("mnist-300", "marginal", 0, rates[0], 1500), {100: 0.5})
+    assert Run("mnist-300", "marginal", 0, rates[0], 1500) not in bypass_ablation.finished(
+        read(tables / "errors.csv")
+    )
+    collect(Run("mnist-300", "marginal", 0, rates[0], 1500), {100: 0.5, 1500: 0.4})
+    known = bypass_ablation.finished(read(tables / "errors.csv"))
+    assert Run("mnist-300", "marginal", 0, rates[0], 1500) in known
+    assert Run("mnist-300", "marginal-folds", 0, rates[0], 1500) not in known
+
+
+@pytest.mark.usefixtures("tables")
+def test_a_task_with_one_rate_needs_no_short_runs() -> None:
     data = {"mnist": "mnist"}
     (rate,) = bypass_ablation.TASKS["long"].rates
-    planned = list(bypass_ablation.runs("long", ["edm", "marginal"], 1, tmp_path / "none", data))
+    planned = list(bypass_ablation.runs("long", ["edm", "marginal"], 1, [], data))
     assert [(run.arm, run.seed, run.lr) for run in planned] == [("edm", 0, rate), ("marginal", 0, rate)]
     for lr, error in ((rate, 0.2), (2 * rate, 0.1)):
         collect(Run("long", "edm", 0, lr, 10_000), {10_000: error})

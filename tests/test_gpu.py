@@ -37,6 +37,7 @@ from gaussnet import (
     SOLVERS,
     BypassPrecond,
     CosineCovariance,
+    CrossFit,
     DiT,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
@@ -229,13 +230,16 @@ def test_a_step_of_a_solver_does_not_wait() -> None:
             heun(model, x, grid)
 
 
-@pytest.mark.parametrize("base", ["gaussian", "marginal"])
+@pytest.mark.parametrize("base", ["gaussian", "marginal", "folds"])
 def test_a_training_step_does_not_wait(base: str, tmp_path: Path) -> None:
     config = tiny(tmp_path, "data.xflip=true", "loss.sigma_max=20")
     data = load_data(config.data)
     images = data.train.tensor().cuda()
     held_out = data.heldout.tensor().cuda()
-    if base == "marginal":
+    cross = None
+    if base == "folds":
+        cross = CrossFit.fit(lambda kept: MarginalDenoiser.fit(images[kept]), len(images))
+    if base != "gaussian":
         model = BypassPrecond.fit(tiny_unet(in_channels=3), images, held_out)
     else:
         model = BypassPrecond(tiny_unet(in_channels=2), GaussianDenoiser.fit(images))
@@ -247,7 +251,7 @@ def test_a_training_step_does_not_wait(base: str, tmp_path: Path) -> None:
     def step(number: int) -> None:
         batch = make_batch(raw, labels, number, slice(0, config.train.batch), data, config)
         optimizer.zero_grad()
-        denoising_loss(model, model, batch).backward()
+        denoising_loss(model, model, batch, cross=cross).backward()
         zero_bad_gradients(model.model.parameters())
         optimizer.step()
         average.update(model.model, 16 * (number + 1), 16)

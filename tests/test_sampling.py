@@ -257,7 +257,7 @@ def smooth(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("few")
 def test_statistics_are_computed_once(smooth: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     file = tmp_path / "new" / "s.safetensors"
-    options = ["--solver", "dpm_v3", "--teleport", "6", "--statistics", str(file)]
+    options = ["--solver", "dpm_v3", "--teleport", "6", "--statistics", str(file), "--device", "cpu"]
     assert main(arguments(smooth, tmp_path / "a.npz", *options)) == 2
     assert "s.safetensors: --statistics-from DATA computes and writes it" in capsys.readouterr().err
     made: list[Any] = []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gaussnet.summary import summarise
 from train.config import Config, ConfigError, Precond
 from train.configfile import load_config
 from train.data import load_data
-from train.models import build_network, fit_analytic, fit_wrapping, wrap
+from train.models import build_network, fit_analytic, fit_folds, fit_wrapping, wrap
 from train.writing import read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -283,6 +284,77 @@ def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, opt
     assert isinstance(model, gaussnet.EDMPrecond) == (config.precond is Precond.edm)
     if "loss.sigma_max=5" in options:
         assert model.sigma_gate == pytest.approx(5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["bypass.base=blend"], ["bypass.gaussian=classes", "data.labels=true"]],
+    ids=["marginal", "blend", "classes"],
+)
+def test_folds_are_fitted_without_their_images(tmp_path: Path, options: list[str]) -> None:
+    config = tiny(tmp_path, "fit.folds=3", "data.heldout=1600", *options)
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+    cross = fit_folds(config, data, accelerator)
+    assert cross is not None
+    rest = (cross.folds != 1).nonzero()[:, 0]
+    fit = load_data(config.data)
+    part = replace(fit, train=fit.train.subset(rest))
+    analytic = fit_analytic(config, part, accelerator)
+    base = fit_wrapping(config, part, analytic, accelerator).base
+    index = (cross.folds == 1).nonzero()[:4, 0]
+    raw, labels = data.train[index]
+    x, one_hot = data.train.to_float(raw) + 0.3, data.one_hot(labels)
+    forms = cross(x, 0.5, index, one_hot)
+    torch.testing.assert_close(forms[0], base(x, 0.5, one_hot))
+    if not options:
+        torch.testing.assert_close(forms[1], analytic.marginal(x, 0.5))
+    assert len(forms) == (1 if options else 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["data.heldout=1100"], None),  # 697 images of 64 dimensions
+        (["data.heldout=1200"], 5),
+        (["data.heldout=1200", "fit.folds=0"], None),
+        (["data.heldout=1200", "precond=edm"], None),
+        (["data.heldout=100", "fit.folds=7"], 7),
+    ],
+    ids=["many", "few", "few-none", "edm", "asked"],
+)
+def test_few_images_are_cross_fitted(tmp_path: Path, options: list[str], expected: int | None) -> None:
+    config = tiny(tmp_path, *options)
+    cross = fit_folds(config, load_data(config.data), Accelerator(cpu=True))
+    assert (None if cross is None else len(cross.denoisers)) == expected
+
+
+def test_few_groups_are_fewer_folds(tmp_path: Path) -> None:
+    for count, expected in ((4, 3), (2, None)):  # one of them is held out
+        groups = tmp_path / f"{count}.npy"
+        np.save(groups, np.arange(1797) % count)
+        config = tiny(tmp_path, "data.pad=4", f"data.groups={groups}")
+        cross = fit_folds(config, load_data(config.data), Accelerator(cpu=True))
+        assert (None if cross is None else len(cross.denoisers)) == expected, count
+    config = tiny(tmp_path, f"data.groups={groups}", "fit.folds=3")
+    with pytest.raises(ConfigError, match=r"fit.folds: expected at least 2 folds and as many images or g"):
+        fit_folds(config, load_data(config.data), Accelerator(cpu=True))
+
+
+def test_training_is_shown_the_closed_forms_of_folds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, folded = tmp_path / "plain", tmp_path / "folded"
+    with caplog.at_level("INFO", logger="train"):
+        train.loop.run(tiny(plain, "data.heldout=1500", "fit.folds=0"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert "folds" not in caplog.text
+        train.loop.run(tiny(folded, "data.heldout=1500"))
+    assert "those of training in 5 folds" in caplog.text
+    a, b = weights(plain), weights(folded)
+    assert a.keys() == b.keys(), "folds are no part of the model"
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+    buffers = [name for name in a if not name.startswith("model.")]
+    assert all(torch.equal(a[name], b[name]) for name in buffers), "the model has the fit to all images"
 
 
 def test_marginals_and_their_error_are_of_what_the_network_will_see(tmp_path: Path) -> None:

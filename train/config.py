@@ -88,12 +88,15 @@ class FitConfig:
     mixture_rank: int | None = 64  # eigenvectors a component
     max_data: int = 65_536  # images, drawn at random, of mixtures, marginals, delta denoiser and gate
     gate_queries: int = 1024  # noised images at each of 25 levels
+    folds: int | None = None  # of CrossFit; 0: none; null: 5 where there are fewer than 10 images a dimension
     error_queries: int | None = None  # noised held-out images at each of 31; null: as `MeasuredError.fit`
 
     def __post_init__(self) -> None:
         for name in ("rank", "mixture_rank", "error_queries"):
             value = getattr(self, name)
             expect(f"fit.{name}", value, value is None or value >= 1, "null or >= 1")
+        known = self.folds is None or self.folds == 0 or self.folds >= 2
+        expect("fit.folds", self.folds, known, "0, >= 2, or null")
         expect("fit.shrinkage", self.shrinkage, self.shrinkage in SHRINKAGES, f"one of {SHRINKAGES}")
         expect("fit.components", self.components, all(k >= 1 for k in self.components), "numbers >= 1")
         for name in ("max_data", "gate_queries"):

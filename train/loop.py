@@ -32,7 +32,7 @@ from train.data import Data, StepSampler, generator_for, load_data, loader, read
 from train.ema import EMA
 from train.frechet import Frechet
 from train.loss import denoising_loss, make_batch
-from train.models import build_network, fit_analytic, fit_wrapping, remember_less, wrap
+from train.models import build_network, fit_analytic, fit_folds, fit_wrapping, remember_less, wrap
 from train.optim import Interrupt, learning_rate, zero_bad_gradients
 from train.report import provenance, write_report
 from train.rundir import RunFolder, files
@@ -82,7 +82,9 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     started = time.perf_counter()
     analytic = fit_analytic(config, data, accelerator)
     wrapping = fit_wrapping(config, data, analytic, accelerator)
-    log.info(f"fit: {', '.join(analytic.named())} in {time.perf_counter() - started:.1f} s")
+    cross = fit_folds(config, data, accelerator)
+    told = f", those of training in {len(cross.denoisers)} folds," if cross is not None else ""
+    log.info(f"fit: {', '.join(analytic.named())}{told} in {time.perf_counter() - started:.1f} s")
 
     # Build.
     set_seed(config.seed)
@@ -101,7 +103,8 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     # Accelerate has no argument for the successor of broadcast_buffers yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    broadcast(list(model.buffers()))  # one fit for all, whatever the machines round to
+    for fitted in (model, *([] if cross is None else [cross])):
+        broadcast(list(fitted.buffers()))  # one fit for all, whatever the machines round to
     for average in averages.values():
         accelerator.register_for_checkpointing(average)
     averaged = {k: wrap(config, ema.network, wrapping).to(device).eval() for k, ema in averages.items()}
@@ -175,7 +178,7 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
             parts, loss = config.train.accumulate, torch.zeros((), device=device)
             for index in range(parts):
                 with accelerator.no_sync(wrapped) if index < parts - 1 else nullcontext():
-                    part = denoising_loss(wrapped, model, batch.part(index, parts), teacher) / parts
+                    part = denoising_loss(wrapped, model, batch.part(index, parts), teacher, cross) / parts
                     accelerator.backward(part)
                 loss = loss + part.detach()
             # The scaler of fp16 has to see what overflows, and then skips the step by itself.

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gaussnet import BypassPrecond
+from gaussnet import BypassPrecond, CrossFit
 from train.augment import apply, draw
 from train.config import Config, LossConfig
-from train.data import Data, generator_for
+from train.data import Data, batch_indices, generator_for
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Batch:
     noise: Tensor  # as clean
     class_labels: Tensor | None = None  # (b, classes), rows of zeros where dropped
     augment_labels: Tensor | None = None
+    index: Tensor | None = None  # (b,), on the CPU: which training images these are
 
     def part(self, index: int, parts: int) -> Batch:
         """One of several equal parts."""
@@ -48,6 +50,7 @@ class Batch:
             self.noise[mine],
             cut(self.class_labels),
             cut(self.augment_labels),
+            cut(self.index),
         )
 
 
@@ -86,18 +89,27 @@ def make_batch(raw: Tensor, labels: Tensor, step: int, share: slice, data: Data,
             >= config.loss.label_dropout
         )
         class_labels = class_labels * kept[share].to(device, non_blocking=True)[:, None]
-    return Batch(clean, sigma[share], noise[share], class_labels, augment_labels)
+    index = batch_indices(len(data.train), count, step, config.seed)[share]
+    return Batch(clean, sigma[share], noise[share], class_labels, augment_labels, index)
 
 
 def denoising_loss(
-    wrapped: nn.Module, model: BypassPrecond, batch: Batch, teacher: nn.Module | None = None
+    wrapped: nn.Module,
+    model: BypassPrecond,
+    batch: Batch,
+    teacher: nn.Module | None = None,
+    cross: CrossFit | None = None,
 ) -> Tensor:
     """The mean weighted error of a batch. `wrapped` is the model, as the processes share it.
 
-    The error is to the clean images, or to what a teacher makes of the noisy ones.
+    The error is to the clean images, or to what a teacher makes of the noisy ones. The closed forms are the
+    model's, or those of folds without the image.
     """
-    extra = {} if batch.augment_labels is None else {"augment_labels": batch.augment_labels}
+    extra: dict[str, Any] = {} if batch.augment_labels is None else {"augment_labels": batch.augment_labels}
     x = batch.clean + batch.sigma[:, None, None, None] * batch.noise
+    if cross is not None:
+        assert batch.index is not None
+        extra["closed_forms"] = cross(x, batch.sigma, batch.index, batch.class_labels)
     denoised = wrapped(x, batch.sigma, batch.class_labels, **extra)
     target = batch.clean if teacher is None else teacher(x, batch.sigma).detach()
     error = (denoised - target).square().flatten(1).mean(1)
