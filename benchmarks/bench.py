@@ -62,7 +62,7 @@ ENTRIES = (
     Entry("import_time", "--repeats 5", "--repeats 15"),
     Entry("analytic_speed", "--repeats 7", "--repeats 15"),
     Entry("fitting", "--repeats 2", "--repeats 5", takes=("mnist", "emoji")),
-    Entry("few_images", needs=("emoji",)),
+    Entry("few_images", needs=("emoji",), takes=("mnist",)),
     Entry("local_denoisers"),
     Entry("precision", "--queries 16 --images 10000", "--queries 64", takes=("mnist",)),
     Entry("conditioning"),

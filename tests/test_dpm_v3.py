@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, denoiser, gaussian, mixture, randn, relative_error, train_digits
+from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.integrate import quad, solve_ivp
 from test_solvers_convergence import HIGH, LOW, STEPS, levels_above, slope, solve, trajectory
@@ -333,6 +334,7 @@ def test_statistics_of_networks_and_classes() -> None:
     network = compute_ems(denoiser("bypass", torch.float32), data, levels, n=9)
     assert network.sigmas.tolist() == [0.5, 5.0]
     assert not network.l.requires_grad
+    assert {table.dtype for table in (network.sigmas, network.l, network.s, network.b)} == {torch.float64}
     arguments: dict[str, Any] = {"n": 9, "batch_size": 4}
     m = denoiser("mixture-classes", torch.float32)
     by_class, without = (
@@ -359,11 +361,26 @@ def test_what_hardly_varies_has_no_rate(spread: float, rate: float) -> None:
     torch.testing.assert_close(found.s, torch.full_like(half, rate))
 
 
+@pytest.mark.parametrize(("roundings", "rate"), [(16.5, -0.5), (15.5, 0.0)])
+def test_what_varies_by_rounding_alone_has_no_rate(roundings: float, rate: float) -> None:
+    # D = x/2 + w with l = 1/2: f = -w is told from the rounding of D, which has mean 4 and variance 9.
+    levels, eps = torch.logspace(-4, -3, 5, dtype=torch.float64), 1e-7
+    half = torch.full((5, 1), 0.5, dtype=torch.float64)
+    mean, product = torch.zeros(5, 3, 1, dtype=torch.float64), torch.zeros(5, 3, 3, 1, dtype=torch.float64)
+    mean[:, 1] = 4
+    product[:, 0, 0], product[:, 0, 1], product[:, 1, 0] = 36, 18, 18
+    product[:, 1, 1] = 9 + (roundings * eps * 5) ** 2
+    found = _statistics(levels, mean, product, half, eps)
+    torch.testing.assert_close(found.s, torch.full_like(half, rate), rtol=1e-3, atol=0)
+
+
 def test_statistics_on_disk(tmp_path: Path) -> None:
     smooth.save(tmp_path / "statistics.safetensors")
     loaded = ModelStatistics.load(tmp_path / "statistics.safetensors")
     for name in ("sigmas", "l", "s", "b"):
         assert getattr(loaded, name).equal(getattr(smooth, name)), name
+    with safe_open(tmp_path / "statistics.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "as other libraries ask for"
     with pytest.raises(FileNotFoundError, match=r"expected one that ModelStatistics.save wrote"):
         ModelStatistics.load(tmp_path / "nothing")
     (tmp_path / "text").write_text("text")
@@ -379,6 +396,9 @@ def test_slices() -> None:
     kept = int((smooth.sigmas < 7.7).sum())
     assert (float(part.sigmas[-1]), len(part.sigmas)) == (7.7, kept + 1)
     assert part.l[:-1].equal(smooth.l[:kept]), "cut, not stretched"
+    names = ("sigmas", "l", "s", "b")
+    narrow = ModelStatistics(*(getattr(smooth, name).float() for name in names)).slice(7.7)
+    assert {getattr(narrow, name).dtype for name in names} == {torch.float32}
     fresh = tables(torch.tensor([1.0, 7.7], dtype=torch.float64))
     for name in ("l", "s", "b"):
         torch.testing.assert_close(getattr(part, name)[-1], getattr(fresh, name)[-1], rtol=1e-6, atol=1e-7)
@@ -391,7 +411,7 @@ def test_slices() -> None:
     for level in (200.0, 0.0005, float("nan")):
         with pytest.raises(ValueError, match=r"within those of the statistics, 0.001 to 100"):
             smooth.slice(level)
-    with pytest.raises(ValueError, match=r"expected sigma_max above 0.001"):
+    with pytest.raises(ValueError, match=r"expected sigma_max above 0.001, got 0.001$"):
         smooth.slice(0.001)
 
 
@@ -402,6 +422,7 @@ def test_slices() -> None:
 def test_evaluations(corrector: Any) -> None:
     g = gaussian()
     for n in (1, 2, 3, 9):
+        seen: list[dict[str, Any]] = []
         with count_nfe(g) as nfe:
             out = dpm_v3(
                 g,
@@ -410,8 +431,12 @@ def test_evaluations(corrector: Any) -> None:
                 statistics=smooth,
                 order=3,
                 corrector=corrector,
+                callback=seen.append,
             )
         assert nfe() == n
+        assert [(step["i"], step["sigma"]) for step in seen] == list(enumerate(karras_sigmas(n).tolist()))[
+            :-1
+        ]
         assert out.isfinite().all()
 
 
@@ -424,6 +449,13 @@ def test_precision() -> None:
     assert (narrow.dtype, kept.dtype) == (torch.float32, torch.float64)
     assert relative_error(narrow, wide) < 1e-4
     assert relative_error(kept, wide) < 1e-5
+
+
+def test_defaults() -> None:
+    m, x = mixture(), 80 * randn(4, *mixture().event_shape)
+    named: dict[str, Any] = {"order": 2, "corrector": "same", "pseudo": False, "lower_order_final": True}
+    run = partial(dpm_v3, m, x, karras_sigmas(8), statistics=smooth)
+    assert run().equal(run(**named))
 
 
 def test_history_in_another_dtype() -> None:
@@ -457,6 +489,21 @@ def test_labels_stay_with_their_samples() -> None:
     assert seen[-1].equal(labels)
 
 
+def test_all_randomness_comes_from_the_generator() -> None:
+    g, data, levels = gaussian(), randn(8, 1, 2, 3), torch.tensor([0.5, 1.0, 2.0])
+    before = torch.get_rng_state()
+    run = partial(compute_ems, g, data, levels, n=12)
+    once = run(generator=torch.Generator().manual_seed(0))
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(1)
+    again = run(generator=torch.Generator().manual_seed(0), batch_size=1)
+    other = run(generator=torch.Generator().manual_seed(2))
+    for name in ("l", "s", "b"):
+        torch.testing.assert_close(getattr(again, name), getattr(once, name))
+        assert relative_error(getattr(other, name), getattr(once, name)) > 1e-3, name
+    assert run(n=2).l.isfinite().all(), "two samples have a spread"
+
+
 def test_narrow_data() -> None:
     g, levels, data = gaussian(), torch.tensor([0.5, 1.0]), randn(8, 1, 2, 3)
     draws = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -465,6 +512,11 @@ def test_narrow_data() -> None:
         for dtype, draw in zip((torch.float32, torch.bfloat16), draws, strict=True)
     )
     assert relative_error(narrow.l, wide.l) < 1e-3
+    seen: list[torch.dtype] = []
+    model = torch.nn.Identity()
+    model.forward = lambda x, sigma: (seen.append(x.dtype), x / 2)[1]  # pyright: ignore[reportAttributeAccessIssue]
+    compute_ems(model, data.bfloat16(), levels, n=8)
+    assert set(seen) == {torch.bfloat16}, "as a network of that dtype needs it"
 
 
 def test_bad_calls() -> None:
@@ -477,6 +529,8 @@ def test_bad_calls() -> None:
         run()
     with pytest.raises(ValueError, match=r"0.001 to 0.5, got \[80.0, .*\]"):
         run(statistics=smooth.slice(0.5))
+    with pytest.raises(ValueError, match=r"0.01 to 100, got \[0.002\]"):
+        run(statistics=tables(torch.tensor([0.01, 1.0, 100.0])))
     with pytest.raises(ValueError, match=r"0.001 to 100, got \[120.0\]"):
         run(statistics=smooth, history=[(120.0, x, x)])
     with pytest.raises(ValueError, match=r"decrease to above 80, got \[70.0\]"):
@@ -491,9 +545,9 @@ def test_bad_calls() -> None:
 
 def test_bad_tables() -> None:
     one = torch.ones(2, 3)
-    for sigmas in (torch.tensor([2.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0]), one):
+    for sigmas in ([2.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0], one.tolist()):
         with pytest.raises(ValueError, match="expected at least two increasing positive sigmas"):
-            ModelStatistics(sigmas, one, one, one)
+            ModelStatistics(torch.tensor(sigmas), one, one, one)
     sigmas = torch.tensor([1.0, 2.0])
     for bad in (torch.ones(2, 4), torch.ones(3, 3), one * float("nan")):
         with pytest.raises(ValueError, match=r"finite tables of shape \(2, \*event_shape\).*got s of shape"):
@@ -514,6 +568,11 @@ def test_bad_statistics() -> None:
         with pytest.raises(ValueError, match=message):
             compute_ems(g, given, sigmas, **arguments)
     broken = torch.nn.Identity()
-    broken.forward = lambda x, sigma: x * (0 * sigma).sqrt()[:, None, None, None]  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="expected Identity to have finite derivatives in x and sigma"):
-        compute_ems(broken, data, levels)
+    infinite = {
+        "in both": lambda x, sigma: x * (0 * sigma).sqrt()[:, None, None, None],
+        "in sigma": lambda x, sigma: x / 2 + 1e3 * (1e308 * sigma).sin()[:, None, None, None],
+    }
+    for forward in infinite.values():
+        broken.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(ValueError, match="expected Identity to have finite derivatives in x and sigma"):
+            compute_ems(broken, data, levels / 2)

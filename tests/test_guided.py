@@ -26,7 +26,7 @@ from gaussnet import (
     teleport,
 )
 from gaussnet.samplers import dop853, flow_of, runge_kutta
-from gaussnet.samplers.guided_flow import guided_flow
+from gaussnet.samplers.guided_flow import few_dimensions, guided_flow
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -125,6 +125,16 @@ def test_flow_in_other_dtypes(dtype: torch.dtype) -> None:
     assert relative_error(moved, exact) < (1e-2 if dtype == torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flow_is_as_exact_as_its_gaussians_allow(dtype: torch.dtype) -> None:
+    parts = [thin("thin", 1).float(), thin("other", 2).float()]
+    x = (20 * randn(5, *EVENT)).to(dtype)
+    moved = guided_flow(parts[0], parts[1], 2.0)(x, 20.0, 2.0)
+    exact = guided_flow(parts[0].double(), parts[1].double(), 2.0)(x.double(), 20.0, 2.0)
+    assert moved.dtype == dtype
+    assert relative_error(moved, exact) < (1e-12 if dtype == torch.float64 else 1e-7)
+
+
 def test_flow_of_each_class() -> None:
     covariances = [thin(name, seed).covariance for seed, name in enumerate(("thin", "other", "thin"))]
     means, labels = randn(3, *EVENT, seed=8), torch.tensor([5, 7, 9])
@@ -168,8 +178,20 @@ def test_flow_without_spare_dimensions() -> None:
     with pytest.raises(ValueError, match=r"ranks that add to less than 6 - 2, got 6 \+ 3"):
         guided_flow(full, gaussian("low-rank"), 1.5)
     flow = guided_flow(thin("thin", 1), thin("other", 2), 1.5)
-    for levels in ((20.0, 0.0), (-1.0, 2.0), (float("nan"), 2.0)):
+    inf, nan = float("inf"), float("nan")
+    for levels in ((20.0, 0.0), (0.0, 2.0), (-1.0, 2.0), (nan, 2.0), (inf, 2.0), (20.0, inf)):
         with pytest.raises(ValueError, match="expected finite levels > 0, got"):
             flow(20 * randn(5, *EVENT), *levels)
     with pytest.raises(ValueError, match=r"guided_flow: expected x of shape \(\*batch, 1, 4, 5\)"):
         flow(x, 20.0, 1.0)
+
+
+def test_ranks_have_to_leave_three_dimensions_over() -> None:
+    six, eleven, twelve = (
+        GaussianDenoiser(randn(*EVENT), Covariance(orthogonal(20)[:, :rank], torch.ones(rank).double(), 0.1))
+        for rank in (6, 11, 12)
+    )
+    assert few_dimensions(six, eleven)
+    assert not few_dimensions(six, twelve)
+    with pytest.raises(ValueError, match=r"ranks that add to less than 20 - 2, got 6 \+ 12"):
+        guided_flow(six, twelve, 1.5)

@@ -1,5 +1,6 @@
 """Inpainting: start states against the dense conditional Gaussian."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from cases import COVARIANCES, DTYPES, denoiser, gaussian, held_out_digits, randn, relative_error
 from torch import Tensor
 
-from gaussnet import CosineCovariance, GaussianDenoiser, karras_sigmas
+from gaussnet import CosineCovariance, Covariance, GaussianDenoiser, karras_sigmas
 from gaussnet.samplers import inpainting_start, warm_start
+from gaussnet.samplers.inpainting import regress
 
 GRID = karras_sigmas(18)
 MASKS = {
@@ -102,6 +104,28 @@ def test_constant_pixels_tell_nothing() -> None:
     assert relative_error(x, g.mean.expand(9, 1, 2, 3)) < 1e-8
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gap", [0.0, 1e-7])
+def test_copies_of_a_pixel_count_as_their_mean(
+    gap: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second pixel is the first, but for rounding; the third shows what that rounding is correlated with.
+    root = torch.tensor([[1.0, 0.0], [1.0, gap], [0.5, 1.0]], dtype=torch.float64)
+    eigvecs, scales, _ = torch.linalg.svd(root, full_matrices=False)
+    covariance = Covariance(eigvecs.to(dtype), scales.square().to(dtype))
+    disagree = torch.tensor([[0.3, 0.1], [-1.0, 1.0]], dtype=torch.float64)
+    both, one = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+    spread = regress(covariance, both, disagree)
+    assert relative_error(spread, regress(covariance, one, disagree.mean(1, keepdim=True))) < 1e-6
+    assert relative_error(spread, disagree.mean(1, keepdim=True) * root[:, 0]) < 1e-6
+    g, known = GaussianDenoiser(torch.zeros(3, dtype=dtype), covariance), torch.zeros(2, 3, dtype=dtype)
+    known[:, :2] = disagree
+    draws(monkeypatch, 3 + 2 + 3, 0.0)
+    x, _ = inpainting_start(g, known, both, GRID, 1.0, generator=torch.Generator())
+    assert relative_error(x[:, 2], spread[:, 2]) < 1e-6, "in float64, whatever the dtype"
+    assert x[:, :2].equal(known[:, :2]), "what is known exactly stays, at odds with the Gaussian or not"
+
+
 def test_cosine_basis() -> None:
     covariance = CosineCovariance(torch.logspace(0, -2, 16).reshape(1, 4, 4).double(), torch.eye(1).double())
     g, mask = GaussianDenoiser(torch.zeros(1, 4, 4).double(), covariance), torch.arange(16).reshape(4, 4) < 5
@@ -132,6 +156,7 @@ def test_bad_calls() -> None:
     bad: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ((known, mask.int(), GRID, 3.0), {}, TypeError, "expected a boolean mask, got torch.int32"),
         ((known[0], mask, GRID, 3.0), {}, ValueError, r"known of shape \(B, 1, 2, 3\), got \(1, 2, 3\)"),
+        ((known[..., :2], mask, GRID, 3.0), {}, ValueError, r"of shape \(B, 1, 2, 3\), got \(2, 1, 2, 2\)"),
         (
             (known, mask[..., :2], GRID, 3.0),
             {},
@@ -145,6 +170,12 @@ def test_bad_calls() -> None:
             {"observation_noise": -1.0},
             ValueError,
             "observation_noise >= 0, got -1.0",
+        ),
+        (
+            (known, mask, GRID, 3.0),
+            {"observation_noise": math.inf},
+            ValueError,
+            "finite observation_noise >= 0, got inf",
         ),
         ((known, mask, GRID, 3.0), {"steps": 0}, ValueError, "expected steps >= 1"),
     ]

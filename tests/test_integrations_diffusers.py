@@ -589,14 +589,15 @@ def test_a_network_of_gaussnet_in_diffusers(tmp_path: Path) -> None:
     assert loaded(c_in * x, labels).sample.equal(unet(c_in * x, labels).sample)
 
 
-@pytest.mark.parametrize("name", ["ddim-v", "euler-continuous", "edm-dpm-v"])
-def test_a_saved_gaussian_and_its_process(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "step"), [("ddim-v", 400.0), ("euler-continuous", 0.5), ("edm-dpm-v", 0.5)])
+def test_a_saved_gaussian_and_its_process(name: str, step: float, tmp_path: Path) -> None:
     base = GaussianDenoiser(gaussian().mean.float(), Covariance(*(part.float() for part in spectrum(1))))
     unet = GaussnetUNet(base, scheduler_of(name))
     unet.save_pretrained(tmp_path)
     loaded = GaussnetUNet.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     x = randn(2, *EVENT, dtype=torch.float32)
-    assert loaded(x, 0.5).sample.equal(unet(x, 0.5).sample)
+    # Rounding may differ with where in memory loaded tensors begin.
+    torch.testing.assert_close(loaded(x, step).sample, unet(x, step).sample, rtol=1e-5, atol=1e-6)
     assert loaded.config["prediction_type"] == "v_prediction"
 
 

@@ -1,5 +1,6 @@
 """Orders of convergence against exact trajectories, evaluations, and what a history is worth."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import gaussian, mixture, randn, relative_error
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from gaussnet import GaussianDenoiser, count_nfe, karras_sigmas
@@ -152,6 +154,29 @@ def test_dop853_is_the_closed_form_to_its_tolerances(kind: str) -> None:
     assert errors[0] < 1e-2
     assert errors[1] < 1e-5
     assert errors[2] < 1e-8
+
+
+def test_dop853_takes_the_steps_of_its_method() -> None:
+    g = gaussian()
+    x = g.mean + 80 * randn(4, *g.event_shape)
+
+    def rate(time: float, flat: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(flat).reshape(x.shape)
+        return (g(state, math.exp(-time)) - state).numpy().ravel()
+
+    span = (-math.log(80.0), -math.log(0.01))
+    expected = solve_ivp(
+        rate, span, x.numpy().ravel(), method="DOP853", t_eval=span[1:], rtol=1e-6, atol=1e-6
+    )
+    seen: list[dict[str, Any]] = []
+    with count_nfe(g) as nfe:
+        dop853(g, x, torch.tensor([80.0, 9.0, 3.0, 0.7, 0.01, 0.0], dtype=torch.float64))
+    assert nfe() == expected.nfev + 1, "the last step is one more, and levels between are none"
+    dop853(g, x, torch.tensor([80.0, 0.01, 0.0], dtype=torch.float64), callback=seen.append)
+    end = torch.from_numpy(expected.y[:, -1]).reshape(x.shape)
+    assert relative_error(seen[-1]["x"], end) < 1e-12
+    kept = dop853(g, x.float(), torch.tensor([80.0, 0.01, 0.0]), dtype=torch.float64)
+    assert kept.dtype == torch.float64
 
 
 def test_dop853_says_that_it_failed() -> None:

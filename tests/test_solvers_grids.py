@@ -61,12 +61,33 @@ def test_vp_levels_by_hand(spacing: Any, offset: int) -> None:
     assert levels[-1] == 0
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_vp_steps_are_those_of_diffusers(spacing: Any) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    schedule = DiscreteSchedule.from_betas(betas)
+    for n in (2, 15, 27, 31, 47, 61, 103, 144, 199, 208, 304, 999, 1000):  # of some, steps are half-way
+        scheduler.set_timesteps(n)
+        steps = schedule.time(vp_sigmas(n, spacing=spacing)[:-1]).round().long()
+        assert steps.tolist() == scheduler.timesteps.tolist()[:n], n  # of 61, trailing, diffusers has -1, too
+    assert float(vp_sigmas(1, spacing="linspace")[0]) == float(vp_sigmas(1, spacing="trailing")[0])
+
+
 def test_vp_betas_by_name() -> None:
     # Known ends: 157.4 for DDPM, 14.61 and 0.0292 for Stable Diffusion.
     assert float(vp_sigmas(10, "linear", "trailing")[0]) == pytest.approx(157.4, abs=0.05)
     levels = vp_sigmas(10, "scaled_linear", "linspace")
     assert float(levels[0]) == pytest.approx(14.6146, abs=1e-3)
     assert float(levels[9]) == pytest.approx(0.0292, abs=1e-4)
+    named = {
+        "linear": np.linspace(1e-4, 0.02, 1000),
+        "scaled_linear": np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+    }
+    for name, betas in named.items():
+        alphas_cumprod = np.cumprod(1 - betas)
+        expected = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)[::-1]
+        np.testing.assert_allclose(vp_sigmas(1000, name)[:-1].numpy(), expected, rtol=1e-9, err_msg=name)  # pyright: ignore[reportArgumentType]
 
 
 def test_vp_levels_are_those_of_the_schedule() -> None:

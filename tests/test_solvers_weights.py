@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
 
 import pytest
 from scipy.integrate import quad
@@ -24,6 +25,15 @@ def integrals(
     return [
         quad(lambda s, L=L: kernel(s) * L(s), start, end, epsabs=1e-13, epsrel=1e-12)[0] for L in polynomials
     ]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1 + 1e-12, 1.5, 4e4, 1e12])
+def test_logarithms_of_ratios_are_right_to_the_last_digit(ratio: float) -> None:
+    high, low = 0.7 * ratio, 0.7
+    with localcontext(prec=50):
+        expected = float(Decimal(high).ln() - Decimal(low).ln())
+    assert weights._log_ratio(high, low) == pytest.approx(expected, rel=1e-15, abs=0)
+    assert weights._log_ratio(low, high) == pytest.approx(-expected, rel=1e-15, abs=0)
 
 
 @counts

@@ -13,6 +13,7 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     afs,
+    count_nfe,
     dop853,
     euler,
     find_sigma_skip,
@@ -138,6 +139,19 @@ def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
         assert rest.equal(expected), rho
 
 
+@pytest.mark.parametrize("level", [0.002, 0.001])
+def test_a_single_step_fits_below_the_last_level(level: float) -> None:
+    g = gaussian("full")
+    x = 80 * randn(4, *g.event_shape)
+    moved, rest = teleport(g, x, GRID, sigma_skip=level, steps=1)
+    assert rest.tolist() == [level, 0.0]
+    assert moved.equal(g.flow(x, 80.0, level))
+    with pytest.raises(
+        ValueError, match=rf"expected steps >= 1 from {level} down to below it, got 2 to 0.002"
+    ):
+        teleport(g, x, GRID, sigma_skip=level, steps=2)
+
+
 @pytest.mark.parametrize(
     ("how", "above"),
     [
@@ -146,6 +160,7 @@ def test_regrid_spends_its_steps_from_the_jump_down(steps: int) -> None:
         ({"sigma_skip": 10.0}, [28.37, 19.35, 12.91]),
         ({"sigma_skip": 8.0, "steps": 6}, [43.22, 26.55, 15.24]),
         ({"sigma_skip": 8.0, "steps": 6, "rho": 7.0}, [91.55, 44.47, 19.88]),
+        ({"sigma_skip": 0.5, "steps": 3}, [10.15, 4.674, 1.783]),
         ({"sigma_skip": 8.0, "steps": 1}, [38.10, 24.16, 14.44]),  # as if 4 came next, in sigma^(1/4)
     ],
 )
@@ -160,6 +175,16 @@ def test_history_is_the_trajectory_a_step_apart(how: dict[str, Any], above: list
     for level, state, denoised in history:
         assert relative_error(state, g.flow(x, 80.0, level)) < 1e-12
         assert relative_error(denoised, g(state, level)) < 1e-12
+
+
+def test_history_has_the_classes() -> None:
+    m, labels = denoiser("mixture-classes"), torch.arange(4)
+    x = 80 * randn(4, 1, 8, 8)
+    *_, history = teleport(m, x, GRID, sigma_skip=8.0, class_labels=labels, return_history=True)
+    flow = flow_of(m, labels)
+    for level, state, denoised in history:
+        assert state.equal(flow(x, 80.0, level))
+        assert relative_error(denoised, m(state, level, labels)) < 1e-12
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm"])
@@ -208,6 +233,19 @@ def test_tolerance_of_the_gate() -> None:
         teleport(g, x, GRID, tol=0.1)
 
 
+def test_a_gate_may_close_within_the_first_step() -> None:
+    g, gate = gaussian("full"), Gate(torch.tensor([60.0, 70.0]), torch.tensor([1.0, 0.0]))
+    _, rest = teleport(g, 80 * randn(4, *g.event_shape), GRID, tol=0.5, gate=gate)
+    assert rest.tolist() == [gate.closes(0.5), *GRID.tolist()[1:]]
+    assert float(GRID[1]) < float(rest[0]) < 80
+
+
+def test_a_gate_that_never_opens_leaves_the_last_step() -> None:
+    g, gate = gaussian("full"), Gate(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.0]))
+    _, rest = teleport(g, 80 * randn(4, *g.event_shape), GRID, tol=0.5, gate=gate)
+    assert (gate.closes(0.5), rest.tolist()) == (0.0, [0.002, 0.0])
+
+
 # Other denoisers ----------------------------------------------------------------------------------
 
 
@@ -236,6 +274,17 @@ def test_one_gaussian_a_class_has_a_closed_flow() -> None:
     fine = runge_kutta(d, x, 80.0, 0.5, rows, steps=400)
     assert relative_error(moved, fine) < 1e-5
     assert relative_error(moved[:4], fine[:4]) < 1e-7
+    narrow = flow(x.bfloat16(), 80.0, 0.5)
+    assert narrow.dtype == torch.float32
+    assert relative_error(narrow, flow(x.bfloat16().double(), 80.0, 0.5)) < 1e-5
+
+
+def test_classes_of_other_denoisers_reach_them() -> None:
+    d, labels = denoiser("delta-classes"), torch.tensor([3, 1, 4, 1])
+    x = 80 * randn(4, *d.event_shape)
+    moved = flow_of(d, labels)(x, 80.0, 0.5)
+    assert moved.equal(runge_kutta(d, x, 80.0, 0.5, labels))
+    assert relative_error(moved, flow_of(d)(x, 80.0, 0.5)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -246,14 +295,19 @@ def test_runge_kutta_is_of_order_4_and_goes_both_ways(dtype: torch.dtype) -> Non
     errors = [float((runge_kutta(g, x, 80.0, 0.5, steps=n).double() - exact).norm()) for n in (20, 40)]
     if dtype == torch.float64:
         assert 3.6 < math.log2(errors[0] / errors[1]) < 4.6
+    once = runge_kutta(g, x, 80.0, 75.0, steps=1)
+    assert relative_error(once, g.flow(x.double(), 80.0, 75.0)) < 1e-5
     back = runge_kutta(g, runge_kutta(g, x, 80.0, 0.5), 0.5, 80.0)
     assert back.dtype == dtype
     assert relative_error(back, x) < 1e-4
     assert relative_error(runge_kutta(g, x, 80.0, 80.0), x) == 0
-    with pytest.raises(ValueError, match=r"finite levels > 0, got 80.0 and 0.0"):
-        runge_kutta(g, x, 80.0, 0.0)
+    for ends in ((80.0, 0.0), (0.0, 80.0), (80.0, math.inf), (math.inf, 80.0)):
+        with pytest.raises(ValueError, match=f"finite levels > 0, got {ends[0]} and {ends[1]}"):
+            runge_kutta(g, x, *ends)
     with pytest.raises(ValueError, match="steps >= 1, got 0"):
         runge_kutta(g, x, 80.0, 1.0, steps=0)
+    with pytest.raises(ValueError, match="steps >= 1, got 0"):
+        runge_kutta(g, x, 80.0, 79.0, steps=0)
 
 
 # Warm start and AFS -------------------------------------------------------------------------------
@@ -264,10 +318,19 @@ def test_warm_start_draws_the_marginal() -> None:
     generator = torch.Generator().manual_seed(0)
     x, rest = warm_start(g, 50_000, GRID, 3.0, steps=5, generator=generator)
     assert rest.equal(karras_sigmas(5, 0.002, 3.0, 4.0))
+    assert warm_start(g, 1, GRID, 3.0, steps=5, rho=7.0)[1].equal(karras_sigmas(5, 0.002, 3.0, 7.0))
     flat = (x - g.mean).flatten(1).double()
     cov = flat.mT @ flat / len(flat)
     expected = g.covariance.dense() + 9 * torch.eye(6)
     assert relative_error(cov, expected) < 0.03
+
+
+def test_warm_start_draws_from_the_generator() -> None:
+    g, before = gaussian("full"), torch.get_rng_state()
+    x, other = (warm_start(g, 4, GRID, 3.0, generator=torch.Generator().manual_seed(k))[0] for k in (0, 1))
+    assert x.equal(g.sample(4, 3.0, torch.Generator().manual_seed(0)))
+    assert not x.equal(other)
+    assert torch.get_rng_state().equal(before)
 
 
 def test_afs_is_eulers_first_step_on_a_unit_gaussian() -> None:
@@ -280,6 +343,8 @@ def test_afs_is_eulers_first_step_on_a_unit_gaussian() -> None:
     assert rest.equal(GRID[1:])
     with pytest.raises(ValueError, match="two steps or more"):
         afs(x, torch.tensor([80.0, 0.0]))
+    _, last = afs(x, torch.tensor([80.0, 2.0, 0.0]))
+    assert last.tolist() == [2.0, 0.0]
 
 
 # Choosing on a model ------------------------------------------------------------------------------
@@ -315,11 +380,40 @@ def test_finds_the_last_level_where_the_model_is_its_gaussian(measure: Any) -> N
     whole = find_sigma_skip(g, g, x, GRID, 1e9, measure=measure)
     assert whole.skip == 17
     other = GaussianDenoiser(g.mean + 1, g.covariance)
-    with pytest.raises(ValueError, match=r"deviation <= 0.001 at the first level, sigma = 57.586, got "):
+    with pytest.raises(
+        ValueError, match=r"deviation <= 0.001 at the first level, sigma = 57.586, got [0-9.]+: "
+    ):
         find_sigma_skip(other, g, x, GRID, 1e-3, measure=measure)
+    with pytest.raises(ValueError, match="two steps or more, got 1: "):  # there is none to skip
+        find_sigma_skip(g, g, x, karras_sigmas(1), 1e9, measure=measure)
     unknown: Any = "time"
     with pytest.raises(ValueError, match="expected measure to be denoiser or trajectory, got 'time'"):
         find_sigma_skip(g, g, x, GRID, 1e9, measure=unknown)
+
+
+def test_a_gaussian_stands_in_for_itself_at_any_tolerance() -> None:
+    g = gaussian("full")
+    choice = find_sigma_skip(g, g, 80 * randn(8, *g.event_shape), GRID, tol=0.0)
+    assert {row.deviation for row in choice.rows} == {0.0}
+    assert choice.skip == 17
+
+
+@pytest.mark.parametrize("measure", ["denoiser", "trajectory"])
+def test_the_choice_is_made_with_the_classes(measure: Any) -> None:
+    m, g, labels = denoiser("mixture-classes"), denoiser("gaussian-full"), torch.arange(4)
+    x, grid = 80 * randn(4, 1, 8, 8), karras_sigmas(6)
+    rows = find_sigma_skip(m, g, x, grid, 1e9, measure=measure, class_labels=labels).rows
+    assert [(row.skip, row.sigma) for row in rows] == list(enumerate(grid.tolist()))[1:-1]
+    whole = heun(m, x, grid, class_labels=labels)
+    for row in rows:
+        moved, rest = teleport(g, x, grid, skip=row.skip)
+        if measure == "trajectory":
+            off = heun(m, moved, rest, class_labels=labels) - whole
+            expected = off.square().mean().sqrt()
+        else:
+            off = m(moved, row.sigma, labels) - g(moved, row.sigma)
+            expected = off.square().mean() / g.bayes_error(row.sigma)
+        assert row.deviation == pytest.approx(float(expected), rel=1e-9), row.skip
 
 
 # Costs --------------------------------------------------------------------------------------------
@@ -364,3 +458,12 @@ def test_costs_are_in_evaluations_of_the_model() -> None:
     assert teleport_cost(g, model, x, GRID, 8.0).evaluations < 1
     with pytest.raises(ValueError, match="repeats >= 1, got 0"):
         teleport_cost(g, model, x, GRID, 8.0, repeats=0)
+
+
+def test_jumps_are_timed_with_the_classes() -> None:
+    mixture, model, labels = denoiser("mixture-classes"), Slow(), torch.arange(3)
+    with count_nfe(mixture) as nfe:
+        x = 80 * randn(3, 1, 8, 8)
+        teleport_cost(mixture, model, x, GRID, 8.0, class_labels=labels, repeats=1)
+    assert nfe() == 0, "the flow of each class is closed"
+    assert model.seen[-1][0].equal(flow_of(mixture, labels)(x, 80.0, 8.0))

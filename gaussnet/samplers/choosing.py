@@ -11,7 +11,6 @@ Two measures, each at the levels of a grid, on the trajectories that the Gaussia
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -89,7 +88,7 @@ def find_sigma_skip(
 
     Raises:
         ValueError: if the jump to the first level below sigmas[0] already deviates by more, with how much; or
-            the measure is unknown.
+            the grid has one step, or the measure is unknown.
 
     Example:
         >>> from gaussnet import DeltaDenoiser, karras_sigmas
@@ -103,6 +102,8 @@ def find_sigma_skip(
     levels = check_sigmas(sigmas)
     if measure not in ("denoiser", "trajectory"):
         raise ValueError(f"expected measure to be denoiser or trajectory, got {measure!r}")
+    if len(levels) < 3:
+        raise ValueError(f"expected a grid of two steps or more, got {len(levels) - 1}: {list(levels)}")
     unskipped = solver(model, x, sigmas, class_labels=class_labels) if measure == "trajectory" else x
     whole = _evaluations(solver, gaussian, x, sigmas)
     rows: list[SkipRow] = []
@@ -121,10 +122,9 @@ def find_sigma_skip(
             break
     good = [row for row in rows if row.deviation <= tol]
     if not good:
-        got = rows[0].deviation if rows else math.nan
         raise ValueError(
             f"expected a deviation <= {tol:g} at the first level, sigma = {levels[1]:g}, "
-            f"got {got:.3g}: the Gaussian stands in for this model nowhere on the grid"
+            f"got {rows[0].deviation:.3g}: the Gaussian stands in for this model nowhere on the grid"
         )
     return Skip(good[-1].sigma, good[-1].skip, rows)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gaussnet.covariance import Covariance
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser, GuidedDenoiser
 from gaussnet.denoisers.base import class_index
+from gaussnet.numerics import result_dtype
 from gaussnet.samplers.guided_flow import Flow, few_dimensions, guided_flow
 from gaussnet.samplers.stepping import evaluate
 
@@ -37,7 +38,8 @@ def flow_of(denoiser: Denoiser, class_labels: Tensor | None = None) -> Flow:
         class_labels: of the samples that will be moved, integers (B,) or one-hot rows (B, classes).
 
     Returns:
-        A function of a state (B, *event_shape), its level and one to reach, both > 0: the state there.
+        A function of a state (B, *event_shape), its level and one to reach, both > 0: the state there, in the
+        dtype of the one that is moved, but at least float32.
 
     Raises:
         ValueError: from that function, if a shape, class or level does not fit.
@@ -85,7 +87,7 @@ def runge_kutta(
         steps: of equal size in log sigma; default: eight an octave.
 
     Returns:
-        The state at sigma_to, of the shape and dtype of x.
+        The state at sigma_to, of the shape of x, in its dtype, but at least float32.
 
     Raises:
         ValueError: if a level is not positive, or steps < 1.
@@ -115,7 +117,7 @@ def runge_kutta(
         third = slope(state + step / 2 * second, start + step / 2)
         fourth = slope(state + step * third, start + step)
         state = state + step / 6 * (first + 2 * (second + third) + fourth)
-    return state.to(x.dtype)
+    return state.to(result_dtype(x))
 
 
 def _flow_by_class(
@@ -135,13 +137,13 @@ def _flow_by_class(
 
     def move(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
         index = class_index(class_labels, tuple(x.shape[:1]), known)
-        moved = torch.empty_like(x)
+        moved = torch.empty_like(x, dtype=result_dtype(x))
         for label in index.unique().tolist():
             mine = index == label
             if label < 0:  # of no class: the whole mixture
                 moved[mine] = runge_kutta(denoiser, x[mine], sigma_from, sigma_to)
             else:
-                moved[mine] = flow_of_class(label)(x[mine], sigma_from, sigma_to).to(x.dtype)
+                moved[mine] = flow_of_class(label)(x[mine], sigma_from, sigma_to).to(moved.dtype)
         return moved
 
     return move

@@ -27,8 +27,8 @@ def dop853(
     """Dormand and Prince's method of order 8 with adaptive steps in log sigma, from sigmas[0] to sigmas[-2].
 
     The NFE is whatever the tolerances take; steps are those of the whole batch, with the state on the host in
-    float64. The levels between only say where the callback is called, at one more evaluation each. Then comes
-    the step to 0, as in every solver.
+    float64. The levels between only say where the callback is called, at one more evaluation each, and three
+    for each of the method's steps that they lie in. Then comes the step to 0, as in every solver.
 
     Reference: Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, as in
     `scipy.integrate.solve_ivp`.

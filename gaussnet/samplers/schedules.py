@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,9 +112,10 @@ def vp_sigmas(
     if spacing == "leading":
         steps = (n - 1 - index) * (count // n) + offset
     elif spacing == "trailing":
-        steps = (count - index * (count / n)).round() - 1
+        # NumPy's, as diffusers has them: steps half-way between two fall on the same side.
+        steps = torch.from_numpy(np.arange(count, 0, -count / n)[:n].round()) - 1
     else:
-        steps = torch.linspace(count - 1, 0, n, dtype=torch.float64).round()
+        steps = torch.from_numpy(np.linspace(0, count - 1, n).round()).flip(0) if n > 1 else index + count - 1
     if not 0 <= steps[-1] <= steps[0] < count:
         raise ValueError(
             f"expected steps from 0 to {count - 1}, got {steps.long().tolist()}: offset={offset}"
