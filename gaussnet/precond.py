@@ -131,6 +131,9 @@ class BypassPrecond(NetworkDenoiser):
     ) -> Self:
         """A network around closed forms that are fitted to data, all of them, in one call.
 
+        With fewer than ten samples a dimension, train it with closed forms that have not seen what they
+        denoise: `CrossFit`.
+
         Args:
             network: as of the class.
             data: the training set (N, C, H, W), or an iterable of batches that can be gone through several

@@ -535,6 +535,7 @@ def test_one_bad_image_is_named_or_skipped(tmp_path: Path) -> None:
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     options = ["network.arguments.dropout=0", "augment.scale=1", "augment.p=0.5", "data.xflip=true"]
+    options += ["fit.folds=3"]
     train.loop.run(tiny(one, *options))
     result = launch(*TINY, *options, f"out={two}", processes=2)
     assert result.returncode == 0, result.stderr
