@@ -46,6 +46,8 @@ class CrossFit(nn.Module):
             raise ValueError(f"expected at least 2 denoisers, got {len(denoisers)}")
         if len({isinstance(denoiser, MarginalDenoiser) for denoiser in denoisers}) > 1:
             raise TypeError("expected denoisers of one kind, got marginal ones and others")
+        if folds.ndim != 1 or folds.is_floating_point() or folds.dtype == torch.bool:
+            raise ValueError(f"expected integer folds of shape (N,), got {folds.dtype}, {tuple(folds.shape)}")
         if not torch.equal(folds.unique(), torch.arange(len(denoisers), device=folds.device)):
             raise ValueError(
                 f"expected folds 0 to {len(denoisers) - 1}, each with images, got {folds.unique().tolist()}"
@@ -118,7 +120,7 @@ class CrossFit(nn.Module):
         order = order.to(x.device, non_blocking=True)
         forms: list[tuple[Tensor, ...]] = []
         for denoiser, mine in zip(self.denoisers, order.split(sizes), strict=True):
-            if len(mine):
+            if len(mine) or not len(x):
                 labels = None if class_labels is None else class_labels[mine]
                 forms.append(_closed_forms(cast(Denoiser, denoiser), x[mine], level[mine], labels))
         return tuple(torch.cat(form)[back] for form in zip(*forms, strict=True))

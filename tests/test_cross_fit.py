@@ -8,6 +8,7 @@ from gaussnet import (
     BypassPrecond,
     CrossFit,
     Denoiser,
+    Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     MarginalDenoiser,
@@ -80,11 +81,20 @@ def test_mixtures_are_told_the_class() -> None:
     assert not torch.allclose(told, untold)
 
 
-def test_one_level_for_all_is_one_for_each() -> None:
-    cross, index = CrossFit.fit(marginal, COUNT, 3), torch.arange(5)
-    x, _ = noisy(index)
-    for one, each in zip(cross(x, 0.7, index), cross(x, torch.full((5,), 0.7), index), strict=True):
-        assert torch.equal(one, each)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_level_for_all_is_one_for_each(dtype: torch.dtype) -> None:
+    cross, index = CrossFit.fit(marginal, COUNT, 3).to(dtype), torch.arange(5)
+    x, _ = noisy(index, dtype)
+    each = cross(x, torch.full((5,), 0.7, dtype=dtype), index)
+    for level in (0.7, torch.tensor(0.7, dtype=dtype)):
+        for one, other in zip(cross(x, level, index), each, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_by_default_image_i_is_in_fold_i_of_five() -> None:
+    cross = CrossFit.fit(marginal, COUNT)
+    assert len(cross.denoisers) == 5
+    assert torch.equal(cross.folds, torch.arange(COUNT) % 5)
 
 
 def test_unlike_one_fit_to_all_it_errs_no_less_on_training_images() -> None:
@@ -137,12 +147,24 @@ def test_a_bypass_takes_closed_forms_in_place_of_its_own(marginals: bool) -> Non
         assert not torch.allclose(model(x, sigma, closed_forms=others), model(x, sigma)), k
 
 
-def test_closed_forms_that_do_not_fit_are_refused() -> None:
-    model, x, sigma = setting(marginals=True)
-    form = torch.zeros_like(x)
-    for wrong in ((form,), (form, form, form), (form, form[:3])):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("level", [0.5, 2.0], ids=["open", "closed"])
+def test_closed_forms_of_any_dtype_become_that_of_the_result(dtype: torch.dtype, level: float) -> None:
+    model, x, _ = setting(marginals=True)
+    model.gate = Gate.step(1.0)
+    forms = tuple(torch.rand(2, *x.shape, generator=torch.Generator().manual_seed(3)).to(dtype))
+    expected = model(x, level, closed_forms=tuple(form.float() for form in forms))
+    torch.testing.assert_close(model(x, level, closed_forms=forms), expected, rtol=0, atol=0)
+    assert expected.equal(forms[0].float()) == (level > 1), "where the gate is closed, D_gauss"
+
+
+@pytest.mark.parametrize("marginals", [True, False], ids=["marginal", "blend"])
+def test_closed_forms_that_do_not_fit_are_refused(marginals: bool) -> None:
+    model, x, sigma = setting(marginals)
+    form, names = torch.zeros_like(x), "D_gauss, D_m" if marginals else "D_gauss"
+    for wrong in ((), (form, form, form), (form,) if marginals else (form, form), (form, form[:3])):
         with pytest.raises(
-            ValueError, match=r"closed_forms of D_gauss, D_m, each of shape \(6, 1, 4, 4\), got"
+            ValueError, match=rf"closed_forms of {names}, each of shape \(6, 1, 4, 4\), got shapes \["
         ):
             model(x, sigma, closed_forms=wrong)
 
@@ -153,11 +175,20 @@ def test_what_makes_no_folds_is_refused() -> None:
         CrossFit([one], torch.zeros(COUNT).long())
     with pytest.raises(ValueError, match=r"folds 0 to 1, each with images, got \[0, 2\]"):
         CrossFit([one, one], torch.tensor([0, 2]))
+    for folds in (torch.tensor([0.0, 1.0]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([False, True])):
+        with pytest.raises(ValueError, match=r"integer folds of shape \(N,\), got torch"):
+            CrossFit([one, one], folds)
     with pytest.raises(TypeError, match="of one kind, got marginal ones and others"):
         CrossFit([one, marginal(torch.arange(COUNT))], torch.arange(COUNT) % 2)
-    for folds, groups in ((1, None), (4, torch.arange(COUNT) % 3), (COUNT + 1, None)):
+    for folds, groups in ((0, None), (1, None), (4, torch.arange(COUNT) % 3), (COUNT + 1, None)):
         with pytest.raises(ValueError, match=f"as many images or groups, got {folds} folds and"):
             CrossFit.fit(marginal, COUNT, folds, groups)
     cross, (x, sigma) = CrossFit.fit(marginal, COUNT, 2), noisy(torch.arange(5))
     with pytest.raises(ValueError, match=r"index for each of 5 images, got indices of shape \(4,\)"):
         cross(x, sigma, torch.arange(4))
+
+
+def test_no_images_have_no_closed_forms() -> None:
+    cross, x = CrossFit.fit(marginal, COUNT, 2), torch.zeros(0, 1, 4, 4)
+    for form in cross(x, 1.0, torch.zeros(0).long()):
+        assert form.shape == x.shape

@@ -497,6 +497,14 @@ def test_fit_of_other_bases_and_what_is_given() -> None:
         BypassPrecond.fit(tiny_unet(), data[:50], held_out_digits(torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_unless_it_is_told_to_fit_mirrors_nothing(dtype: torch.dtype) -> None:
+    data = train_digits(dtype)[:100]
+    mean = BypassPrecond.fit(tiny_unet(in_channels=2), data, base="blend", gate=None).gaussian.mean
+    assert mean.equal(GaussianDenoiser.fit(data).mean)
+    assert not mean.allclose(mean.flip(-1)), "these can tell"
+
+
 def test_an_error_measured_with_another_denoiser_is_refused() -> None:
     refined, error = measured_marginals(100)
     plain = MeasuredError.fit(refined.gaussian, held_out_digits(torch.float32), n_queries=50)

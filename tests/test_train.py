@@ -316,11 +316,14 @@ def test_folds_are_fitted_without_their_images(tmp_path: Path, options: list[str
     [
         (["data.heldout=1100"], None),  # 697 images of 64 dimensions
         (["data.heldout=1200"], 5),
+        (["data.heldout=600", "bypass.gaussian=mixture", "bypass.components=2"], 5),  # 1,197 for two
+        (["data.heldout=600", "bypass.gaussian=classes", "data.labels=true"], 5),
+        (["data.heldout=600"], None),
         (["data.heldout=1200", "fit.folds=0"], None),
         (["data.heldout=1200", "precond=edm"], None),
         (["data.heldout=100", "fit.folds=7"], 7),
     ],
-    ids=["many", "few", "few-none", "edm", "asked"],
+    ids=["many", "few", "few-a-cluster", "few-a-class", "enough", "few-none", "edm", "asked"],
 )
 def test_few_images_are_cross_fitted(tmp_path: Path, options: list[str], expected: int | None) -> None:
     config = tiny(tmp_path, *options)

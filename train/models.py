@@ -36,7 +36,7 @@ from train.config import NETWORKS, BypassGaussian, Config, ConfigError, Precond
 from train.data import Data, fit_source, generator_for
 
 FOLDS = 5
-FEW = 10  # images a dimension, below which closed forms err by percents less on their own images
+FEW = 10  # images a dimension and Gaussian, below which closed forms err by percents less on their own images
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,12 @@ def fit_base(
     return mixture.to(device)
 
 
+def gaussians(config: Config, data: Data) -> int:
+    """The number of Gaussians that the base has, among which the images are divided."""
+    counts = {BypassGaussian.classes: data.n_classes, BypassGaussian.mixture: config.bypass.components}
+    return counts.get(config.bypass.gaussian, 1)
+
+
 def fit_folds(config: Config, data: Data, accelerator: Accelerator) -> CrossFit | None:
     """The closed forms that training is shown, each fitted without a fold; None: those of all images.
 
@@ -196,7 +202,8 @@ def fit_folds(config: Config, data: Data, accelerator: Accelerator) -> CrossFit 
     folds, count = config.fit.folds, len(data.train)
     if folds is None:
         alone = count if data.groups is None else len(data.groups.unique())
-        folds = min(FOLDS, alone) if count < FEW * math.prod(data.event_shape) and alone > 1 else 0
+        few = count < FEW * gaussians(config, data) * math.prod(data.event_shape)
+        folds = min(FOLDS, alone) if few and alone > 1 else 0
     if folds == 0 or config.precond is Precond.edm:
         return None
     lean = replace(config, fit=replace(config.fit, components=[]))
