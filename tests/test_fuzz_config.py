@@ -100,6 +100,8 @@ CONFIGURATIONS: list[tuple[bytes, list[str]]] = [
     (BOMB.encode(), []),
     (b"- " * 3000, []),
     (b"false", []),
+    (b"out: x", ["[=None"]),
+    (b"out: ${[}", []),
     (b"out: x\nedm: {sigma_data: 1" + b"0" * 400 + b"}", []),
     *((b"out: x", [override]) for override in (*NANS, "train.lr=.inf", "data.heldout=.inf")),
 ]

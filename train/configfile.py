@@ -40,6 +40,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise
     except YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except IndexError as error:  # OmegaConf's, of keys such as "[", in overrides or interpolations
+        told = f" and overrides {list(overrides)}" if overrides else ""
+        raise ConfigError(
+            f"{path}: expected keys such as train.steps, got a malformed one in it{told}"
+        ) from error
     except OverflowError as error:
         raise ConfigError(f"{path}: expected numbers below 1e308, got a larger integer: {error}") from error
     except (ValueError, TypeError, OSError, RecursionError) as error:  # such as a list, or a mere number
