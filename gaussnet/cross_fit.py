@@ -52,8 +52,8 @@ class CrossFit(nn.Module):
             raise ValueError(
                 f"expected folds 0 to {len(denoisers) - 1}, each with images, got {folds.unique().tolist()}"
             )
-        self.denoisers = nn.ModuleList(denoisers)
-        self.folds = folds
+        self.denoisers: nn.ModuleList = nn.ModuleList(denoisers)
+        self.folds: Tensor = folds
 
     @classmethod
     def fit(
