@@ -339,5 +339,6 @@ class _Sums:
 
     def moments(self) -> Moments:
         mean = self.pilot + self.unit * self.first / self.count
-        scatter = self.unit**2 * (self.second - torch.outer(self.first, self.first) / self.count)
+        second = (self.second + self.second.mT) / 2  # not every BLAS rounds both halves alike
+        scatter = self.unit**2 * (second - torch.outer(self.first, self.first) / self.count)
         return Moments(self.count, mean, scatter, self.event_shape, self.dtype)
