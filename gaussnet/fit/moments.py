@@ -339,6 +339,6 @@ class _Sums:
 
     def moments(self) -> Moments:
         mean = self.pilot + self.unit * self.first / self.count
-        second = (self.second + self.second.mT) / 2  # not every BLAS rounds both halves alike
-        scatter = self.unit**2 * (second - torch.outer(self.first, self.first) / self.count)
+        second = (self.second + self.second.mT).div_(2)  # not every BLAS rounds both halves alike
+        scatter = second.sub_(torch.outer(self.first, self.first).div_(self.count)).mul_(self.unit**2)
         return Moments(self.count, mean, scatter, self.event_shape, self.dtype)
