@@ -205,8 +205,9 @@ def test_state_in_float64_around_a_float32_denoiser(solver: str) -> None:
     g = denoiser("gaussian-full", torch.float32)
     x, grid = 80 * randn(2, 1, 8, 8, dtype=torch.float32), karras_sigmas(60)
     exact = SOLVERS[solver](denoiser("gaussian-full"), x.double(), grid)
-    bound = 5e-6 if solver == "dop853" else 2e-6  # its own steps are within 1e-6 each, in both
-    assert relative_error(SOLVERS[solver](g, x, grid, dtype=torch.float64), exact) < bound
+    # Few adaptive steps carry the rounding of few evaluations; more of them average it.
+    finer: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8} if solver == "dop853" else {}
+    assert relative_error(SOLVERS[solver](g, x, grid, dtype=torch.float64, **finer), exact) < 2e-6
 
 
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "dop853"])
