@@ -267,15 +267,15 @@ def test_numbers_of_few_bits(kind: torch.dtype) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("offset", [1e4, -1e6])
-def test_a_large_common_mean_costs_no_digits(offset: float, dtype: torch.dtype) -> None:
+def test_a_large_common_mean_costs_no_digits(offset: float, mirror: bool, dtype: torch.dtype) -> None:
     data = (colour_images() + offset).to(dtype)
-    mean, cov, _ = cosine.fit_cosine(iter(data.split(7)))
-    assert relative_error(mean, data.double().mean(0)) < TOLERANCE[dtype]
-    plain = data.double() - data.double().mean(0)
-    expected = cosine.fit_cosine(plain)[1].eigvals
-    rtol = max(TOLERANCE[dtype] * 100, 3e-16 * abs(offset))  # numbers this large have no more digits
-    torch.testing.assert_close(cov.eigvals.double(), expected, rtol=rtol, atol=0)
+    mean, cov, _ = cosine.fit_cosine(iter(data.split(7)), mirror=mirror)
+    seen = torch.cat([data, data.flip(-1)]) if mirror else data
+    assert relative_error(mean, seen.double().mean(0)) < TOLERANCE[dtype]
+    expected = cosine.fit_cosine(data.double() - offset, mirror=mirror)[1].eigvals  # an exact difference
+    torch.testing.assert_close(cov.eigvals.double(), expected, rtol=TOLERANCE[dtype], atol=0)
 
 
 def test_data_that_the_basis_suits_are_fitted_exactly() -> None:

@@ -53,32 +53,36 @@ def fit_cosine(
             dtype = torch.promote_types(dtype, batch.dtype)
         cosines = cosines or [cosine_matrix(size).to(batch.device) for size in event_shape[1:]]
         for images in batch.split(max(1, _PART // event_shape.numel())):
-            spectrum = cosines[0] @ images.double() @ cosines[1].mT  # (n, C, H, W)
+            images = images.double()
             if not count:
-                pilot = spectrum.mean(0)
+                pilot = images.mean(0)
                 first, second = torch.zeros_like(pilot), _outer(torch.zeros_like(pilot))
-            spectrum -= pilot  # so that no digits are lost to a large mean
+            # A large mean would cost digits: it is subtracted in pixels, where that is exact.
+            spectrum = cosines[0] @ (images - pilot) @ cosines[1].mT  # (n, C, H, W)
             first += spectrum.sum(0)
             second += torch.einsum("nchw,nehw->cehw", spectrum, spectrum)
             count += len(images)
     if not count:
         raise ValueError("expected at least one sample, got none")
-    mean, scatter = pilot + first / count, second - _outer(first) / count
+    offset, scatter = first / count, second - _outer(first) / count  # of the mean from the pilot: (C, H, W)
     if all_processes:
-        share, own = count, mean
-        count = round(float(process_sum(mean.new_tensor([float(share)]))))
-        mean = process_sum(share * own) / count
-        scatter = process_sum(scatter + share * _outer(own - mean))
+        share = count
+        count = round(float(process_sum(offset.new_tensor([float(share)]))))
+        common = process_sum(share * pilot) / count
+        own = offset + cosines[0] @ (pilot - common) @ cosines[1].mT
+        offset, pilot = process_sum(share * own) / count, common
+        scatter = process_sum(scatter + share * _outer(own - offset))
     covariance = scatter / count  # (C, C, H, W)
+    mean = pilot + cosines[0].mT @ offset @ cosines[1]
     if mirror:  # a mirrored image has the odd horizontal frequencies with the other sign
-        covariance[..., 1::2] += _outer(mean)[..., 1::2]
-        mean[..., 1::2] = 0
+        odd = offset + cosines[0] @ (pilot - pilot.flip(-1)) @ cosines[1].mT / 2
+        covariance[..., 1::2] += _outer(odd)[..., 1::2]
+        mean = (mean + mean.flip(-1)) / 2
     colours = covariance.mean((2, 3))
     check_fit(count * (1 + mirror), mean, covariance.diagonal().sum(), None)
     rotation = torch.linalg.eigh(colours).eigenvectors.mT.flip(0)
     eigvals = torch.einsum("ac,cehw,ae->ahw", rotation, covariance, rotation).clamp_min(0)
-    image = cosines[0].mT @ mean @ cosines[1]
-    return image.to(dtype), CosineCovariance(eigvals.to(dtype), rotation.to(dtype)), count
+    return mean.to(dtype), CosineCovariance(eigvals.to(dtype), rotation.to(dtype)), count
 
 
 def _outer(x: Tensor) -> Tensor:
