@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from bypass_ablation import HERE, TABLES, TASKS, keys_of, prepare, read
+from bypass_ablation import prepare
+from bypass_tables import HERE, TABLES, read
+from bypass_tasks import TASKS, keys_of
 from results import Record, parser
 from timing import Call, compare
 

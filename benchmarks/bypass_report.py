@@ -21,7 +21,8 @@ from itertools import pairwise
 
 import numpy as np
 from bench import replace_block, write
-from bypass_ablation import ARMS, HERE, RATE_SEED, TABLES, TASKS, plain, read
+from bypass_tables import HERE, TABLES, read
+from bypass_tasks import ARMS, RATE_SEED, TASKS, plain
 from scipy import stats
 
 from gaussnet.plots.style import pyplot, save

@@ -10,10 +10,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import bypass_ablation
 import bypass_report
-from bypass_ablation import Run, claim, merge, read
+import bypass_tables
+import bypass_tasks
+from bypass_ablation import claim
 from bypass_report import Curve, curves, interval, level, reached, task_text
+from bypass_tables import merge, read
+from bypass_tasks import RATE_SEED, RATES, Run
 
 SIGMAS = (0.1, 1.0, 10.0)
 
@@ -55,7 +58,7 @@ def test_interval_is_students() -> None:
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in (bypass_ablation, bypass_report):
+    for module in (bypass_tables, bypass_report):
         monkeypatch.setattr(module, "TABLES", tmp_path)
     return tmp_path
 
@@ -76,7 +79,7 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
         fast = {step: 0.5 * scale * step**-0.5 for step in (50, 100, 200, 400)}
         collect(Run("core", "edm", seed, 0.01, 400), edm)
         collect(Run("core", "marginal", seed, 0.02, 400), fast)
-    collect(Run("core", "marginal", bypass_ablation.RATE_SEED, 0.02, 80), {80: 1e-9})  # chose the rate
+    collect(Run("core", "marginal", RATE_SEED, 0.02, 80), {80: 1e-9})  # chose the rate
     (tables / "cost.csv").write_text("task,arm,cost\ncore,marginal,1.200\n")
     text = task_text("core", curves())
     row = next(line for line in text.splitlines() if line.startswith("| marginal |"))
@@ -89,9 +92,9 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
 
 
 def test_runs_at_other_rates_are_kept_and_not_compared(tables: Path) -> None:
-    low, high = bypass_ablation.RATES[:2]
+    low, high = RATES[:2]
     for lr, short, full in ((low, 0.5, 0.2), (high, 0.4, 0.3), (1.0, 0.1, 0.1)):  # 1.0 is none of the three
-        collect(Run("core", "edm", bypass_ablation.RATE_SEED, lr, 80), {80: short})
+        collect(Run("core", "edm", RATE_SEED, lr, 80), {80: short})
         collect(Run("core", "edm", 0, lr, 400), {400: full})
         collect(Run("mnist-300", "edm", 0, lr, 400), {400: full})  # takes the rate of the task core
     found = curves()
@@ -125,7 +128,7 @@ def test_a_run_is_done_by_one_process_and_taken_over_from_a_dead_one(tmp_path: P
 
 def test_the_arms_of_the_page_are_those_of_the_script() -> None:
     page = bypass_report.EVIDENCE.read_text()
-    missing = [arm for arm in bypass_ablation.ARMS if f"`{arm}`" not in page]
+    missing = [arm for arm in bypass_tasks.ARMS if f"`{arm}`" not in page]
     assert not missing
 
 
@@ -133,32 +136,31 @@ def test_rates_and_finished_runs_are_those_of_the_table(tables: Path) -> None:
     data, arms = {"mnist": "mnist"}, ["edm", "marginal", "marginal-folds"]
 
     def planned() -> list[tuple[str, str, int, float]]:
-        runs = bypass_ablation.runs("mnist-300", arms, 1, read(tables / "errors.csv"), data)
+        runs = bypass_tasks.runs("mnist-300", arms, 1, read(tables / "errors.csv"), data)
         return [(run.task, run.arm, run.seed, run.lr) for run in runs]
 
-    seed, rates = bypass_ablation.RATE_SEED, bypass_ablation.RATES
-    for lr in rates[:-1]:
-        collect(Run("core", "marginal", seed, lr, 300), {300: lr})
+    for lr in RATES[:-1]:
+        collect(Run("core", "marginal", RATE_SEED, lr, 300), {300: lr})
     assert planned() == [], "one short run is missing"
-    collect(Run("core", "marginal", seed, rates[-1], 300), {300: 1.0})
-    chosen = [("mnist-300", "marginal", 0, rates[0]), ("mnist-300", "marginal-folds", 0, rates[0])]
+    collect(Run("core", "marginal", RATE_SEED, RATES[-1], 300), {300: 1.0})
+    chosen = [("mnist-300", "marginal", 0, RATES[0]), ("mnist-300", "marginal-folds", 0, RATES[0])]
     assert planned() == chosen, "folds take the rate of the arm without"
 
-    collect(Run("mnist-300", "marginal", 0, rates[0], 1500), {100: 0.5})
-    assert Run("mnist-300", "marginal", 0, rates[0], 1500) not in bypass_ablation.finished(
+    collect(Run("mnist-300", "marginal", 0, RATES[0], 1500), {100: 0.5})
+    assert Run("mnist-300", "marginal", 0, RATES[0], 1500) not in bypass_tasks.finished(
         read(tables / "errors.csv")
     )
-    collect(Run("mnist-300", "marginal", 0, rates[0], 1500), {100: 0.5, 1500: 0.4})
-    known = bypass_ablation.finished(read(tables / "errors.csv"))
-    assert Run("mnist-300", "marginal", 0, rates[0], 1500) in known
-    assert Run("mnist-300", "marginal-folds", 0, rates[0], 1500) not in known
+    collect(Run("mnist-300", "marginal", 0, RATES[0], 1500), {100: 0.5, 1500: 0.4})
+    known = bypass_tasks.finished(read(tables / "errors.csv"))
+    assert Run("mnist-300", "marginal", 0, RATES[0], 1500) in known
+    assert Run("mnist-300", "marginal-folds", 0, RATES[0], 1500) not in known
 
 
 @pytest.mark.usefixtures("tables")
 def test_a_task_with_one_rate_needs_no_short_runs() -> None:
     data = {"mnist": "mnist"}
-    (rate,) = bypass_ablation.TASKS["long"].rates
-    planned = list(bypass_ablation.runs("long", ["edm", "marginal"], 1, [], data))
+    (rate,) = bypass_tasks.TASKS["long"].rates
+    planned = list(bypass_tasks.runs("long", ["edm", "marginal"], 1, [], data))
     assert [(run.arm, run.seed, run.lr) for run in planned] == [("edm", 0, rate), ("marginal", 0, rate)]
     for lr, error in ((rate, 0.2), (2 * rate, 0.1)):
         collect(Run("long", "edm", 0, lr, 10_000), {10_000: error})
