@@ -188,11 +188,16 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _fitted(options: argparse.Namespace, images: ImageData, rank: int, world: int) -> Denoiser:
-    alone = not (options.components or options.classes or options.delta)
+    mixture = options.components is not None or options.classes
+    alone = not (mixture or options.delta)
     for name, default in (("solver", "auto"), ("basis", "eigen")):
         if not alone and getattr(options, name) != default:
             raise ValueError(f"--{name} is an option of one Gaussian, got {getattr(options, name)}")
-    if options.em_steps and not (options.components or options.classes):
+    fits = {"rank": None, "shrinkage": "cv", "tail": "mean", "select": None, "groups": None, "mirror": False}
+    for name, default in fits.items() if options.delta else ():
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name} is an option of fits: --delta keeps the data as they are")
+    if options.em_steps and not mixture:
         raise ValueError("--em-steps is an option of mixtures: expected --components or --classes")
     if options.classes and images.labels is None:
         raise ValueError(f"--classes: {images.name} has no class labels")

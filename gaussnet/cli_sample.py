@@ -10,6 +10,7 @@ Only what a folder lacks is drawn, so that the same command resumes; processes s
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from gaussnet.samplers import SOLVERS, ModelStatistics, compute_ems, karras_sigm
 from gaussnet.sampling import Jump, choose_jump, one_hot, parse_seeds, sample_seeds
 
 STATISTICS_SAMPLES, STATISTICS_LEVELS = 1024, 60
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +158,10 @@ def picture(tiles: list[np.ndarray], path: Path) -> None:
 
 def _jump(options: argparse.Namespace, model: Denoiser, sigmas: Tensor, device: torch.device) -> Jump | None:
     if options.teleport == "none":
+        for name in ("plain_skip", "gaussian"):
+            if getattr(options, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is an option of jumps: expected --teleport auto or a level")
         return None
     gaussian = None
     if options.gaussian is not None:
@@ -168,7 +175,14 @@ def _jump(options: argparse.Namespace, model: Denoiser, sigmas: Tensor, device: 
             level = float(options.teleport)
         except ValueError:
             raise ValueError(f"expected --teleport none, auto or a level, got {options.teleport!r}") from None
-    return choose_jump(model, gaussian, level, sigmas)
+        if not 0 < level < float(sigmas[0]):
+            highest = f"the first level, {float(sigmas[0]):g}"
+            raise ValueError(f"expected a level of --teleport above 0 and below {highest}, got {level:g}")
+    jump = choose_jump(model, gaussian, level, sigmas)
+    if not jump.sigma_skip < float(sigmas[0]):
+        log.warning("no jump: the Gaussian stands in for the model from sigma %.3g up only", jump.sigma_skip)
+        return None
+    return jump
 
 
 def _check_statistics(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Self, overload
 import torch
 from torch import Tensor, nn
 
-from gaussnet.numerics import Sigma, full_precision
+from gaussnet.numerics import Sigma, check_floating, full_precision
 
 SpectralFunction = Callable[[Tensor], Tensor]
 
@@ -40,6 +40,7 @@ class Covariance(nn.Module):
         tail: variance in every direction orthogonal to `eigvecs`.
 
     Raises:
+        TypeError: if eigvecs or eigvals are not floating-point.
         ValueError: if the shapes do not fit, or an eigenvalue is negative or not finite.
 
     Example:
@@ -54,6 +55,7 @@ class Covariance(nn.Module):
 
     def __init__(self, eigvecs: Tensor, eigvals: Tensor, tail: Sigma = 0.0) -> None:
         super().__init__()
+        check_floating(eigvecs=eigvecs, eigvals=eigvals)
         if eigvecs.ndim != 2 or eigvecs.shape[1] > eigvecs.shape[0]:
             raise ValueError(f"expected eigvecs of shape (D, r) with r <= D, got {tuple(eigvecs.shape)}")
         if eigvals.shape != eigvecs.shape[1:]:
@@ -184,6 +186,7 @@ class CosineCovariance(Covariance):
 
     def __init__(self, eigvals: Tensor, rotation: Tensor) -> None:
         nn.Module.__init__(self)
+        check_floating(eigvals=eigvals, rotation=rotation)
         if eigvals.ndim != 3 or rotation.shape != (eigvals.shape[0], eigvals.shape[0]):
             raise ValueError(
                 "expected eigvals of shape (C, H, W) and a rotation of shape (C, C), "

@@ -29,6 +29,8 @@ from torch import Tensor
 from gaussnet.denoisers import GaussianDenoiser
 from gaussnet.schedules import EDMSchedule, Schedule, Time, derivative
 
+_TINY = torch.finfo(torch.float64).tiny  # keeps 0 / 0, where neither data nor noise vary, from NaN
+
 
 class GaussianFlow:
     """The probability-flow ODE of a Gaussian from time T to any other, for any schedule.
@@ -56,7 +58,7 @@ class GaussianFlow:
         """The denoised image's coefficient relative to the state's start (Eq. 16, 20); float64."""
         lam = torch.as_tensor(lam, dtype=torch.float64)
         scale = torch.sqrt(self._variance(t, lam) * self._variance(start, lam))
-        return self.schedule.alpha(t) * lam / scale
+        return self.schedule.alpha(t) * lam / scale.clamp_min(_TINY)  # 0 where nothing varies
 
     def rate(
         self, coefficient: Callable[[Time, Time, Tensor | float], Tensor], t: Time, start: Time, lam: Tensor
@@ -101,7 +103,8 @@ class GaussianFlow:
     def gain(self, t: Time, lam: Tensor | float) -> Tensor:
         """By how much a perturbation along an eigenvector at time t is scaled in the sample (Eq. 23)."""
         lam = torch.as_tensor(lam, dtype=torch.float64)
-        return torch.sqrt(lam / self._variance(t, lam))
+        variance = self._variance(t, lam)
+        return torch.where(variance > 0, torch.sqrt(lam / variance.clamp_min(_TINY)), 1)
 
     def propagate(self, perturbation: Tensor, t: Time) -> Tensor:
         """What a perturbation of x_t becomes in the sample (Eq. 23); shape of `perturbation`."""
@@ -127,7 +130,7 @@ class GaussianFlow:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         root = torch.sqrt(self._variance(t, lam))
         # Eq. 105: the same as root - alpha sqrt(lam) - sigma, without its cancellation.
-        return -2 * sigma * alpha * lam.sqrt() / (root + alpha * lam.sqrt() + sigma)
+        return -2 * sigma * alpha * lam.sqrt() / (root + alpha * lam.sqrt() + sigma).clamp_min(_TINY)
 
     def rotation_bound(self, t: Time, lam: Tensor | float) -> Tensor:
         """A bound of |J(t, lam)|, below 1 at all times: min(sigma_t, alpha_t sqrt(lam))."""

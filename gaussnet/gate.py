@@ -39,6 +39,7 @@ class Gate(LevelTable):
         values: g at these levels, within [0, 1], shape (n,).
 
     Raises:
+        TypeError: if the values are not floating-point.
         ValueError: if the table is malformed.
 
     Example:

@@ -216,7 +216,13 @@ class Pretrained(
         config = {**describe(self), "gaussnet_version": __version__}
         if self.provenance:
             config["provenance"] = dict(self.provenance)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        tensors: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.state_dict().items():
+            tensor = tensor.detach().contiguous()
+            # A part that is in two places is written twice: safetensors refuses memory that is shared.
+            tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
         save_file(tensors, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -284,6 +290,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _locate(model_id: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:
     folder = Path(model_id)
     if not folder.is_dir():
+        if model_id.count("/") != 1:  # the hub would be asked again and again where it is out of reach
+            raise FileNotFoundError(
+                f"no folder {model_id}, and no such model on the hub: expected OWNER/NAME"
+            )
         return Path(hf_hub_download(repo_id=model_id, filename=name, **hub_arguments))
     if not (folder / name).is_file():
         raise FileNotFoundError(f"no {name} in {folder}: expected a folder that save_pretrained wrote")

@@ -38,6 +38,7 @@ class MeasuredError(LevelTable):
         other: the class of the denoiser that the base was blended with, by name; "" if it is not known.
 
     Raises:
+        TypeError: if the values are not floating-point.
         ValueError: if the table is malformed.
 
     Example:

@@ -46,6 +46,17 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def check_floating(**tensors: Tensor) -> None:
+    """Refuses tensors of integers, in which what is computed from them would be cut to integers.
+
+    Raises:
+        TypeError: with the name of the first one.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"expected {name} to be floating-point, got {tensor.dtype}")
+
+
 def check_event(x: object, event_shape: tuple[int, ...], owner: str) -> tuple[int, ...]:
     """Checks that `x` is a batch of events and returns its batch shape.
 

@@ -72,7 +72,7 @@ def choose_jump(
         gaussian: of its data; default: that of a bypass model.
         sigma_skip: the level; default: where the gate of the model falls below 0.1, or, without a gate, the
             lowest level of the grid above which model and Gaussian differ by at most 0.01 e(sigma)^2.
-        sigmas: the grid of the latter; default: EDM's 18 levels.
+        sigmas: the grid of the sampler; default: EDM's 18 levels. No jump goes below the last one above 0.
         seeds: of the states on which that is measured.
 
     Raises:
@@ -83,14 +83,14 @@ def choose_jump(
         if not bypass or not isinstance(model.gaussian, GaussianDenoiser):
             raise ValueError(f"expected a Gaussian: a {type(model).__name__} has none of its own, got None")
         gaussian = model.gaussian
+    grid = karras_sigmas(18) if sigmas is None else sigmas
     if sigma_skip is None and isinstance(model, BypassPrecond) and model.gate is not None:
         level = model.gate.closes(max(GATE_TOL, model.gate_tol))
         if level < math.inf:
-            sigma_skip = level
+            sigma_skip = max(level, float(grid[-2]))  # the last one from which a solver can go on
     if sigma_skip is None:
-        sigmas = karras_sigmas(18) if sigmas is None else sigmas
-        x = float(sigmas[0]) * noise_of(seeds, tuple(model.event_shape)).to(gaussian.mean)
-        sigma_skip = find_sigma_skip(model, gaussian, x, sigmas, GATE_TOL**2).sigma_skip
+        x = float(grid[0]) * noise_of(seeds, tuple(model.event_shape)).to(gaussian.mean)
+        sigma_skip = find_sigma_skip(model, gaussian, x, grid, GATE_TOL**2).sigma_skip
     return Jump(gaussian, sigma_skip)
 
 

@@ -52,9 +52,9 @@ def spectrum_table(gaussian: GaussianDenoiser) -> str:
 def error_table(gaussian: GaussianDenoiser) -> str:
     """The error per dimension that the Gaussian predicts of itself at some noise levels."""
     rows = [
-        (f"{sigma:g}", f"{error:.3g}", f"{error / min(sigma**2, float(gaussian.variance)):.3f}")
+        (f"{sigma:g}", f"{error:.3g}", f"{error / most:.3f}" if most > 0 else "-")
         for sigma in SIGMAS
-        for error in [float(gaussian.bayes_error(sigma))]
+        for error, most in [(float(gaussian.bayes_error(sigma)), min(sigma**2, float(gaussian.variance)))]
     ]
     return _table(("sigma", "mean squared error", "of min(sigma^2, variance)"), rows)
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gaussnet.numerics import Sigma, as_sigma, pick
+from gaussnet.numerics import Sigma, as_sigma, check_floating, pick
 
 
 class LevelTable(nn.Module):
@@ -22,6 +22,7 @@ class LevelTable(nn.Module):
         values: the values at these levels, shape (n, *columns).
 
     Raises:
+        TypeError: if the values are not floating-point.
         ValueError: if the table is malformed.
     """
 
@@ -30,6 +31,7 @@ class LevelTable(nn.Module):
 
     def __init__(self, sigmas: Tensor, values: Tensor) -> None:
         super().__init__()
+        check_floating(values=values)
         if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas.shape != values.shape[:1]:
             raise ValueError(
                 "expected sigmas of shape (n,), n >= 2, and values of shape (n, ...), "

@@ -1,7 +1,11 @@
-"""The same draws in every run: a failure can be seen again."""
+"""The same draws in every run, and nothing from the network: a failure can be seen again."""
+
+import os
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; processes of tests inherit it
 
 
 @pytest.fixture(autouse=True)

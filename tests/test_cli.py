@@ -109,6 +109,10 @@ def test_rank_by_share_groups_and_selection(
         (["digits", "--rank", "1.5"], "rank to be an integer >= 1 or a share in (0, 1), got 1.5"),
         (["digits", "--components", "5000"], "1 <= n_components <= N = 1797, got 5000"),
         (["digits", "--components", "3", "--solver", "gram"], "--solver is an option of one Gaussian"),
+        (["digits", "--components", "0"], "1 <= n_components <= N = 1797, got 0"),
+        (["digits", "--delta", "--mirror"], "--mirror is an option of fits: --delta keeps the data"),
+        (["digits", "--delta", "--rank", "3"], "--rank is an option of fits"),
+        (["digits", "--delta", "--groups", "missing.npy"], "--groups is an option of fits"),
         (["digits", "--em-steps", "3"], "--em-steps is an option of mixtures"),
         (["digits", "--groups", "missing.npy"], "missing.npy"),
         (["digits", "--unscaled", "--scaling", "0", "1"], "either --scaling or --unscaled, got both"),
@@ -255,3 +259,9 @@ def test_processes_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) ->
     assert Processes(rank=7, world=8).device("cuda:1") == torch.device("cuda", 1), "as it was asked for"
     assert Processes(rank=7, world=8).device("cpu") == torch.device("cpu")
     assert Processes().device("cuda") == torch.device("cuda")
+
+
+def test_info_of_a_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GaussianDenoiser.isotropic(torch.zeros(1, 2, 2), 0.0).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "| 1 | 0 | - |" in capsys.readouterr().out, "nothing can be said of shares of no variance"

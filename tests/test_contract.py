@@ -1,7 +1,9 @@
 """What every denoiser promises, checked on all of them."""
 
+import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,18 @@ from cases import (
     relative_error,
 )
 from torch import Tensor
+
+from gaussnet import (
+    CosineCovariance,
+    Covariance,
+    DeltaDenoiser,
+    Denoiser,
+    Gate,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    PatchDenoiser,
+    from_pretrained,
+)
 
 every = pytest.mark.parametrize("name", DENOISERS)
 analytic = pytest.mark.parametrize("name", ANALYTIC)
@@ -207,6 +221,73 @@ def test_rows_of_zeros_are_of_no_class(name: str, method: str) -> None:
 def test_impossible_classes(name: str, method: str, labels: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(denoiser(name), method)(noised(0.5, 2), 0.5, labels)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_rows_of_flags_are_classes(name: str) -> None:
+    labels, x = torch.tensor([1, 3]), noised(0.5, 2)
+    expected = denoiser(name)(x, 0.5, labels)
+    for kind in (torch.bool, torch.uint8, torch.float16):
+        assert denoiser(name)(x, 0.5, torch.eye(10)[labels].to(kind)).equal(expected), str(kind)
+
+
+LABELS = torch.arange(12) % 3
+MAKERS: dict[str, Callable[[Tensor, Tensor], Denoiser]] = {
+    "delta": DeltaDenoiser,
+    "patch": lambda data, labels: PatchDenoiser(data, 3, class_labels=labels),
+    "mixture": lambda data, labels: GaussianMixtureDenoiser.equal_isotropic(data, 1.0, labels),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("name", MAKERS)
+def test_labels_of_any_integers_are_saved(name: str, kind: torch.dtype, tmp_path: Path) -> None:
+    model, x = MAKERS[name](randn(12, 1, 4, 4), LABELS.to(kind)), randn(2, 1, 4, 4)
+    model.save_pretrained(tmp_path)
+    for labels in (torch.tensor([0, 2]), torch.tensor([0, 2], dtype=kind)):
+        assert from_pretrained(tmp_path)(x, 0.5, labels).equal(model(x, 0.5, labels))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_classes_below_0_or_of_no_integers_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected labels >= 0, got -1"):
+        MAKERS[name](randn(12, 1, 4, 4), LABELS - 1)
+    for labels in (LABELS.float(), LABELS > 0):
+        with pytest.raises(ValueError, match=f"one integer label for each of 12 samples, got {labels.dtype}"):
+            MAKERS[name](randn(12, 1, 4, 4), labels)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_integer_data_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=r"expected \w+ to be floating-point, got torch.uint8"):
+        MAKERS[name](torch.ones(12, 1, 4, 4, dtype=torch.uint8), LABELS)
+    with pytest.raises(TypeError, match=r"expected means to be floating-point, got torch\.int64"):
+        GaussianMixtureDenoiser(
+            torch.ones(1), torch.ones(1, 2).long(), [Covariance(torch.eye(2), torch.ones(2))]
+        )
+
+
+def test_integer_moments_are_refused() -> None:
+    """In which a variance of 0.5 would be 0."""
+    one = torch.ones(2, dtype=torch.int64)
+    for make, name in (
+        (lambda: GaussianDenoiser.isotropic(0 * one, 0.5), "mean"),
+        (lambda: Covariance(torch.eye(2), one, 0.5), "eigvals"),
+        (lambda: Covariance(torch.eye(2).long(), one.float()), "eigvecs"),
+        (lambda: CosineCovariance(one.reshape(1, 2, 1), torch.ones(1, 1)), "eigvals"),
+        (lambda: Gate(torch.tensor([1.0, 2.0]), one), "values"),
+    ):
+        with pytest.raises(TypeError, match=f"expected {name} to be floating-point, got torch.int64"):
+            make()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_in_half_precision_it_is_nearly_itself(name: str, kind: torch.dtype) -> None:
+    d, x = denoiser(name, torch.float32), noised(2.0, 4).float()
+    near = copy.deepcopy(d).to(kind)(x, 2.0)
+    assert near.dtype == torch.float32
+    assert relative_error(near, d(x, 2.0)) < 0.05
 
 
 @pytest.mark.parametrize("name", [name for name in DENOISERS if name not in LABELLED])

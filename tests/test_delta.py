@@ -171,7 +171,7 @@ def test_one_datum() -> None:
         (torch.zeros(3), None, 8, r"shape \(N, \*event_shape\) with N >= 1, got \(3,\)"),
         (torch.zeros(0, 3), None, 8, r"N >= 1, got \(0, 3\)"),
         (torch.tensor([[1.0, math.nan]]), None, 8, "finite data, got NaN"),
-        (torch.zeros(4, 3), torch.zeros(3).long(), 8, r"each of 4 samples, got shape \(3,\)"),
+        (torch.zeros(4, 3), torch.zeros(3).long(), 8, r"each of 4 samples, got torch.int64 of shape \(3,\)"),
         (torch.zeros(4, 3), None, 0, "chunk_size >= 1, got 0"),
     ],
     ids=["1-d", "empty", "nan", "labels", "chunk"],

@@ -179,3 +179,15 @@ def test_rotation_remainder_is_negative_and_bounded() -> None:
         torch.testing.assert_close(flow.rotation_remainder(crossing, lam), expected)
     # ... which is not its extreme: for large lam, |J| comes near to 1, which no bound of 0.59 allows.
     assert flow.rotation_remainder(t, 1e4).min().item() == pytest.approx(-0.957, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["EDM", "VP"])
+def test_without_variance_and_noise_nothing_is_undefined(name: str) -> None:
+    thin = GaussianDenoiser(torch.zeros(3).double(), Covariance(torch.eye(3)[:, :1].double(), torch.ones(1)))
+    flow, lam = GaussianFlow(thin, SCHEDULES[name][0]), torch.tensor([0.0, 1.0]).double()
+    end, start = flow.schedule.time(0.0), flow.schedule.time(2.0)
+    assert flow.xi(end, start, lam)[0] == 0
+    change = torch.tensor([[1.0, 2.0, -3.0]]).double()
+    torch.testing.assert_close(flow.propagate(change, end), change)  # it is the sample's already
+    torch.testing.assert_close(flow.gain(end, lam), torch.ones(2).double())
+    torch.testing.assert_close(flow.rotation_remainder(end, lam), torch.zeros(2).double())

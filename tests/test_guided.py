@@ -1,5 +1,6 @@
 """Guidance: a line through two denoisers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from gaussnet import (
     GaussianMixtureDenoiser,
     GuidedDenoiser,
     count_nfe,
+    from_pretrained,
     karras_sigmas,
     teleport,
 )
@@ -195,3 +197,14 @@ def test_ranks_have_to_leave_three_dimensions_over() -> None:
     assert not few_dimensions(six, twelve)
     with pytest.raises(ValueError, match=r"ranks that add to less than 20 - 2, got 6 \+ 12"):
         guided_flow(six, twelve, 1.5)
+
+
+def test_a_batch_of_none_is_moved() -> None:
+    flow = guided_flow(thin("thin", 1), thin("other", 2), 1.5)
+    assert flow(torch.zeros(0, *EVENT), 20.0, 1.0).shape == (0, *EVENT)
+
+
+def test_one_denoiser_that_is_both_is_saved(tmp_path: Path) -> None:
+    one, x = thin("thin", 1), randn(3, *EVENT)
+    GuidedDenoiser(one, one, 1.5).save_pretrained(tmp_path)
+    torch.testing.assert_close(from_pretrained(tmp_path)(x, 2.0), GuidedDenoiser(one, one, 1.5)(x, 2.0))

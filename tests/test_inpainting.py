@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import COVARIANCES, DTYPES, denoiser, gaussian, held_out_digits, randn, relative_error
+from cases import (
+    COVARIANCES,
+    DTYPES,
+    denoiser,
+    gaussian,
+    held_out_digits,
+    orthogonal,
+    randn,
+    relative_error,
+)
 from torch import Tensor
 
 from gaussnet import CosineCovariance, Covariance, GaussianDenoiser, karras_sigmas
@@ -182,3 +191,22 @@ def test_bad_calls() -> None:
     for arguments, options, error, message in bad:
         with pytest.raises(error, match=message):
             inpainting_start(g, *arguments, **options)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1e-8, 1e-6, 1e-4])
+@pytest.mark.parametrize("tail", [0.0, 5e-16])
+def test_what_is_outside_of_a_low_rank_gaussian_tells_little(tail: float, eta: float) -> None:
+    """With variance along few axes alone, known pixels are explained by least squares, whatever is left."""
+    axes = orthogonal(64)[:, :5]
+    covariance = Covariance(axes, torch.tensor([9.0, 4.0, 2.0, 1.0, 0.5]).double(), tail=tail)
+    mask, known = torch.arange(64) < 40, randn(3, 40)  # at odds with the axes
+    expected = torch.linalg.lstsq(axes[mask], known.mT).solution.mT @ axes.mT
+    assert relative_error(regress(covariance, mask, known, eta), expected) < max(1e-6, 10 * eta**2)
+
+
+def test_an_axis_that_known_pixels_do_not_see_is_left_alone() -> None:
+    axes = torch.zeros(12, 2).double()
+    axes[:8, 0], axes[8:, 1] = 8**-0.5, 4**-0.5  # the second lies in the unknown pixels
+    covariance = Covariance(axes, torch.tensor([4.0, 1.0]).double(), tail=1e-16)
+    spread = regress(covariance, torch.arange(12) < 8, randn(3, 8))
+    assert spread[:, 8:].abs().max() < 1e-9

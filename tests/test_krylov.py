@@ -470,6 +470,8 @@ def test_linear_shrinkage_needs_all_axes() -> None:
         (randn(9, 4), {"rank": 1, "groups": torch.arange(5)}, ValueError, "groups to be 9 integers"),
         (iter([randn(9, 4)]), {"rank": 1}, TypeError, "needs a tensor or array of all samples, got list_it"),
         (randn(9, 4) + 0j, {"rank": 1}, TypeError, "expected real numbers, got torch.complex128"),
+        (1e200 * randn(20, 9), {"rank": 1}, ValueError, "data whose squares are finite in float64"),
+        (randn(20, 9), {"rank": 1, "select": "heldout"}, ValueError, 'expected another solver, got "krylov"'),
     ],
 )
 def test_impossible_fits(data: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -162,7 +162,7 @@ def test_pixels_that_never_vary_stay() -> None:
 def test_shares_are_counts() -> None:
     data = digits()[0]  # 17 grey levels
     own = Marginals.fit(data, 64, prior=0.0)
-    torch.testing.assert_close(own.levels, torch.arange(17) / 8 - 1, rtol=0, atol=1e-6)
+    torch.testing.assert_close(own.levels, torch.arange(17).double() / 8 - 1, rtol=0, atol=1e-15)
     assert own.widths.count_nonzero() == 0
     expected = (data[..., None] == own.levels.double()).double().mean(0)
     torch.testing.assert_close(own.log_weights.exp().double(), expected, rtol=1e-5, atol=1e-7)
@@ -285,4 +285,28 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Any) -> None:
 def test_numbers_of_numpy_are_data() -> None:
     own = Marginals.fit(np.array([[-1.0, 1.0], [1.0, 1.0]]), prior=0.0)
     assert own.levels.tolist() == [-1.0, 1.0]
-    torch.testing.assert_close(own.log_weights.exp(), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+    torch.testing.assert_close(own.log_weights.exp(), torch.tensor([[0.5, 0.5], [0.0, 1.0]]).double())
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e6])
+def test_a_large_mean_costs_no_digits(mean: float) -> None:
+    data = (randn(300, 1, 4, 4) * 2**20).round() / 2**20  # so that the mean is added exactly
+    near, far = Marginals.fit(data), Marginals.fit(data + mean)
+    torch.testing.assert_close(far.levels - mean, near.levels, rtol=0, atol=1e-15 * abs(mean))
+    torch.testing.assert_close(far.widths, near.widths, rtol=1e-9, atol=0)
+    torch.testing.assert_close(far.log_weights, near.log_weights)
+    assert near.widths.count_nonzero() > 20
+
+
+def test_levels_have_the_digits_of_the_data() -> None:
+    data = torch.tensor([[100.1], [101.3]], dtype=torch.float64)
+    fitted = MarginalDenoiser.fit(data, prior=0.0)
+    assert fitted.marginals.levels.tolist() == [100.1, 101.3]
+    assert float((fitted(data + 1e-3, 0.01) - data).abs().max()) < 1e-12
+    assert Marginals.fit(data.float()).levels.dtype == torch.float32
+    assert Marginals.fit(torch.tensor([[0], [255]], dtype=torch.uint8)).levels.dtype == torch.float32
+
+
+def test_a_gaussian_without_variance_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a Gaussian with variance, got none"):
+        MarginalDenoiser(GaussianDenoiser.isotropic(torch.zeros(1, 2, 3), 0.0), marginals([0.0], [1.0]))

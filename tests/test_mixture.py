@@ -254,7 +254,7 @@ COVARIANCE = Covariance(torch.eye(6), torch.ones(6))
         (torch.tensor([1.0, 0.0]), 2, 6, None, r"finite weights > 0, got \[1.0, 0.0\]"),
         (torch.tensor([1.0, -1.0]), 2, 6, None, "finite weights > 0"),
         (torch.tensor([1.0, math.nan]), 2, 6, None, "finite weights > 0"),
-        (torch.ones(2), 2, 6, torch.zeros(3).long(), r"2 class labels, got shape \(3,\)"),
+        (torch.ones(2), 2, 6, torch.zeros(3).long(), r"each of 2 samples, got torch.int64 of shape \(3,\)"),
     ],
 )
 def test_impossible_arguments(weights: Tensor, count: int, dim: int, labels: Any, message: str) -> None:

@@ -388,7 +388,7 @@ IMAGES = torch.zeros(4, 1, 3, 3)
         ({"data": torch.zeros(3, 3)}, r"images of shape \(N, C, H, W\), got \(3, 3\)"),
         ({"data": torch.zeros(0, 1, 3, 3)}, r"N >= 1, got \(0, 1, 3, 3\)"),
         ({"data": torch.full((1, 1, 3, 3), math.nan)}, "finite data, got NaN"),
-        ({"class_labels": torch.zeros(3).long()}, r"each of 4 samples, got shape \(3,\)"),
+        ({"class_labels": torch.zeros(3).long()}, r"each of 4 samples, got torch.int64 of shape \(3,\)"),
         ({"max_numel": 0}, "max_numel >= 1, got 0"),
         ({"sizes": 2}, r"odd patch sizes >= 1, got \[2\]"),
         ({"sizes": -1}, r"got \[-1\]"),

@@ -141,6 +141,15 @@ def test_the_jump_is_chosen_by_the_gate_or_the_model() -> None:
         choose_jump(EDMPrecond(tiny_unet()), GaussianDenoiser.isotropic(torch.ones(EVENT), 4.0))
 
 
+def test_a_gate_that_is_closed_everywhere_jumps_to_the_last_level() -> None:
+    shut = Gate(torch.tensor([0.5, 16.0]), torch.tensor([0.05, 0.0]))
+    net = BypassPrecond(tiny_unet(), model().gaussian, shut, show_gaussian=False).eval()
+    jump = choose_jump(net, sigmas=GRID)
+    assert jump.sigma_skip == float(GRID[-2])
+    ((_, images),) = sample_seeds(net, range(2), GRID, jump=jump, regrid=False)
+    assert images.isfinite().all()
+
+
 def test_a_gate_that_stays_open_leaves_the_jump_to_the_model() -> None:
     gaussian, ajar = (
         denoiser("gaussian-full", torch.float32),
@@ -325,6 +334,10 @@ def test_statistics_are_those_of_the_guided_model(smooth: Path, tmp_path: Path, 
         (["--statistics-from", "digits"], "to keep what --statistics-from makes, got none"),
         (["--solver", "dpm_v3", "--statistics", "s.npz"], "--statistics FILE.safetensors, got s.npz"),
         (["--seeds", "5-2"], "ranges of seeds to increase"),
+        (["--teleport", "100"], "level of --teleport above 0 and below the first level, 80, got 100"),
+        (["--teleport", "nan"], "below the first level, 80, got nan"),
+        (["--plain-skip"], "--plain-skip is an option of jumps: expected --teleport auto or a level"),
+        (["--gaussian", "absent"], "--gaussian is an option of jumps: expected --teleport auto or a level"),
         (["--teleport", "far"], "--teleport none, auto or a level, got 'far'"),
         (["--classes", "9"], "classes in [0, 4)"),
         (["--guidance", "2"], "class_labels for guidance=2"),

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers.posterior import PosteriorCovariance, jacobian_variance
+from gaussnet.fit.streams import check_labels
 from gaussnet.hub import Pretrained
-from gaussnet.numerics import Sigma, as_sigma, check_event, expand_as_event, known_true, result_dtype
+from gaussnet.numerics import (
+    Sigma,
+    as_sigma,
+    check_event,
+    check_floating,
+    expand_as_event,
+    known_true,
+    result_dtype,
+)
 
 
 class Denoiser(Pretrained, ABC):
@@ -87,19 +96,19 @@ class Denoiser(Pretrained, ABC):
         return jacobian_variance(self.posterior_cov(x, sigma, class_labels))
 
 
-def check_samples(data: Tensor, class_labels: Tensor | None) -> None:
-    """Refuses samples (N, *event_shape), and their labels, that no denoiser can be made of.
+def check_samples(data: Tensor, class_labels: Tensor | None) -> Tensor | None:
+    """The labels as 64-bit integers, of samples (N, *event_shape) that a denoiser can be made of.
 
     Raises:
-        ValueError: if the samples are empty or not finite, or the labels do not fit them.
+        TypeError: if the samples are not floating-point.
+        ValueError: if the samples are empty or not finite, or the labels are not one integer >= 0 for each.
     """
+    check_floating(data=data)
     if data.ndim < 2 or data.numel() == 0:
         raise ValueError(f"expected data of shape (N, *event_shape) with N >= 1, got {tuple(data.shape)}")
     if not bool(torch.isfinite(data).all()):
         raise ValueError("expected finite data, got NaN or infinite values")
-    if class_labels is not None and class_labels.shape != data.shape[:1]:
-        got = tuple(class_labels.shape)
-        raise ValueError(f"expected one class label for each of {len(data)} samples, got shape {got}")
+    return None if class_labels is None else check_labels(class_labels, len(data))
 
 
 def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tensor) -> Tensor:
@@ -111,6 +120,8 @@ def class_index(class_labels: Tensor, batch_shape: tuple[int, ...], known: Tenso
         ValueError: if the shape is neither, a row has several non-zero entries, or a class is not among the
             `known` ones.
     """
+    if class_labels.dtype == torch.bool:
+        class_labels = class_labels.long()  # rows of flags
     rows = class_labels.shape[:-1] == batch_shape and class_labels.ndim == len(batch_shape) + 1
     if class_labels.shape == batch_shape and not class_labels.is_floating_point():
         index = class_labels

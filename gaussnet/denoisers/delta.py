@@ -51,12 +51,13 @@ class DeltaDenoiser(Denoiser):
 
     Args:
         data: (N, *event_shape), N >= 1, floating and finite.
-        class_labels: integer class of each sample, shape (N,): with them, `class_labels` of a call
+        class_labels: integer class >= 0 of each sample, shape (N,): with them, `class_labels` of a call
             restrict the data to that class.
         chunk_size: number of data points handled at a time; memory grows with (batch + D) x chunk_size.
             Default: what makes up 32 MB.
 
     Raises:
+        TypeError: if the data are not floating-point.
         ValueError: if the data are empty or not finite, the labels do not fit them, or chunk_size < 1.
 
     Example:
@@ -72,7 +73,7 @@ class DeltaDenoiser(Denoiser):
         self, data: Tensor, class_labels: Tensor | None = None, chunk_size: int | None = None
     ) -> None:
         super().__init__()
-        check_samples(data, class_labels)
+        class_labels = check_samples(data, class_labels)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"expected chunk_size >= 1, got {chunk_size}")
         self.register_buffer("data", data)

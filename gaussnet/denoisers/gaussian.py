@@ -28,6 +28,7 @@ from gaussnet.numerics import (
     Sigma,
     as_sigma,
     check_event,
+    check_floating,
     compute_dtype,
     full_precision,
     level_dtype,
@@ -48,6 +49,7 @@ class GaussianDenoiser(Denoiser):
         covariance: over the D = prod(event_shape) flattened dimensions.
 
     Raises:
+        TypeError: if the mean is not floating-point.
         ValueError: if the covariance has another number of dimensions than the mean, or the mean is
             not finite.
 
@@ -61,6 +63,7 @@ class GaussianDenoiser(Denoiser):
 
     def __init__(self, mean: Tensor, covariance: Covariance) -> None:
         super().__init__()
+        check_floating(mean=mean)
         if mean.ndim == 0:
             raise ValueError("expected a mean of shape (*event_shape), got a 0-d tensor")
         if mean.numel() != covariance.dim:
@@ -84,8 +87,10 @@ class GaussianDenoiser(Denoiser):
             var: variance of each dimension, >= 0, in squared data units, a number or 0-d.
 
         Raises:
+            TypeError: if the mean is not floating-point.
             ValueError: if the mean is not finite, or the variance negative or not finite.
         """
+        check_floating(mean=mean)
         eigvecs = mean.new_zeros(mean.numel(), 0)
         return cls(mean, Covariance(eigvecs, mean.new_zeros(0), tail=var))
 

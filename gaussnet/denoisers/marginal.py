@@ -138,14 +138,17 @@ class Marginals(nn.Module):
                 f"expected finite data, got {int((~torch.isfinite(pooled)).sum())} non-finite values"
             )
         edges = _edges(pooled, n_levels)
+        # About a value of each level: a large mean costs no digits, and a single value is not rounded.
+        pilots = edges.scatter_reduce(0, _bins(pooled, edges), pooled, "amax", include_self=False)
         offset = torch.arange(dim) * len(edges)
         counts = torch.zeros(dim * len(edges), dtype=torch.float64)
-        sums = torch.zeros(3, len(edges), dtype=torch.float64)  # of 1, z, z^2
+        sums = torch.zeros(3, len(edges), dtype=torch.float64)  # of 1, z, z^2, z about its pilot
         for batch, _ in batches(data):
             check_shape(batch, event_shape)
-            values = batch.flatten(1).double().cpu().contiguous()
-            bins = torch.bucketize(values, edges).clamp_max(len(edges) - 1)
+            values = batch.flatten(1).cpu().to(torch.float64, copy=True).contiguous()
+            bins = _bins(values, edges)
             counts += torch.bincount((bins + offset).flatten(), minlength=len(counts))
+            values -= pilots[bins]
             for power in range(3):
                 sums[power] += torch.bincount(bins.flatten(), values.flatten() ** power, len(edges))
         if all_processes:
@@ -157,12 +160,13 @@ class Marginals(nn.Module):
             counts = (counts + counts.flip(-2)) / 2
         kept = sums[0] > 0
         number, total, squares = sums[:, kept]
-        levels = total / number
-        widths = squares / number - levels**2
-        widths[widths < 1e-12 * (squares / number).amax()] = 0  # rounding of a single value
+        centres = total / number
+        widths = squares / number - centres**2
+        widths[widths < 1e-12 * pooled.var(correction=0)] = 0  # rounding of a single value
         shares = counts[..., kept] + prior * number / number.sum()
         log_weights = torch.log(shares / shares.sum(-1, keepdim=True))
-        return cls(levels.float(), widths.float(), log_weights.float())
+        dtype = torch.promote_types(torch.float32, first.dtype)
+        return cls((pilots[kept] + centres).to(dtype), widths.to(dtype), log_weights.to(dtype))
 
     @property
     def event_shape(self) -> torch.Size:
@@ -256,6 +260,8 @@ class MarginalDenoiser(Denoiser):
                 "expected a Gaussian and marginals of one event shape, got "
                 f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
             )
+        if not float(gaussian.variance) > 0:
+            raise ValueError("expected a Gaussian with variance, got none")
         self.gaussian = gaussian
         self.marginals = marginals
 
@@ -297,6 +303,10 @@ class MarginalDenoiser(Denoiser):
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
         return cls(build(arguments["gaussian"]), build(arguments["marginals"]))
+
+
+def _bins(values: Tensor, edges: Tensor) -> Tensor:
+    return torch.bucketize(values, edges).clamp_max(len(edges) - 1)
 
 
 def _edges(values: Tensor, count: int) -> Tensor:

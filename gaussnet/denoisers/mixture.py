@@ -25,11 +25,13 @@ from torch.nn import functional
 from gaussnet.covariance import Covariance, SpectralFunction
 from gaussnet.denoisers.base import Denoiser, class_index, other_class
 from gaussnet.fit import Data, fit_mixture
+from gaussnet.fit.streams import check_labels
 from gaussnet.hub import record
 from gaussnet.numerics import (
     Sigma,
     as_sigma,
     check_event,
+    check_floating,
     compute_dtype,
     full_precision,
     known_true,
@@ -77,6 +79,7 @@ class GaussianMixtureDenoiser(Denoiser):
         class_labels: Tensor | None = None,
     ) -> None:
         super().__init__()
+        check_floating(means=means)
         if means.ndim < 2 or len(means) == 0 or not bool(torch.isfinite(means).all()):
             raise ValueError(
                 f"expected finite means (K, *event_shape), K >= 1, got shape {tuple(means.shape)}"
@@ -92,8 +95,7 @@ class GaussianMixtureDenoiser(Denoiser):
             raise ValueError(f"expected covariances of {dim} dimensions, as the means have, got {dims}")
         if not bool((torch.isfinite(weights) & (weights > 0)).all()):
             raise ValueError(f"expected finite weights > 0, got {weights.tolist()}")
-        if class_labels is not None and class_labels.shape != (count,):
-            raise ValueError(f"expected {count} class labels, got shape {tuple(class_labels.shape)}")
+        class_labels = None if class_labels is None else check_labels(class_labels, count)
         ranks = torch.tensor([covariance.rank for covariance in covariances], device=means.device)
         rank = int(ranks.max())
         eigvecs = means.new_zeros(count, rank, dim)
@@ -285,7 +287,9 @@ class GaussianMixtureDenoiser(Denoiser):
         query, offsets = flat.to(wide) - centre, self.means.to(wide).flatten(1) - centre
         eigvecs = self.eigvecs.to(flat.dtype)
         with full_precision(flat.device.type):
-            own = self.projections if flat.dtype != wide else torch.einsum("krd,kd->kr", eigvecs, offsets)
+            own = self.projections
+            if flat.dtype == wide or flat.dtype != own.dtype:  # such as of a model in half precision
+                own = torch.einsum("krd,kd->kr", eigvecs, offsets.to(flat.dtype))
             basis = rearrange(eigvecs, "k r d -> (k r) d")
             z = functional.linear(query.to(flat.dtype), basis, -own.flatten())
             distance2 = (query**2).sum(-1, keepdim=True) - 2 * query @ offsets.mT + (offsets**2).sum(-1)

@@ -57,12 +57,13 @@ class LocalDenoiser(Denoiser):
     distribution: its Jacobian need not be symmetric, and its score is that of no density.
 
     Args:
-        data: (N, *event_shape), N >= 1, finite.
-        class_labels: integer class of each sample, shape (N,): with them, `class_labels` of a call
+        data: (N, *event_shape), N >= 1, floating and finite.
+        class_labels: integer class >= 0 of each sample, shape (N,): with them, `class_labels` of a call
             restrict the data to that class.
         max_numel: numbers in the largest arrays of a step; more data or queries are handled in chunks.
 
     Raises:
+        TypeError: if the data are not floating-point.
         ValueError: if the data are empty or not finite, the labels do not fit them, or max_numel < 1.
     """
 
@@ -71,7 +72,7 @@ class LocalDenoiser(Denoiser):
 
     def __init__(self, data: Tensor, class_labels: Tensor | None = None, max_numel: int = 2**20) -> None:
         super().__init__()
-        check_samples(data, class_labels)
+        class_labels = check_samples(data, class_labels)
         if max_numel < 1:
             raise ValueError(f"expected max_numel >= 1, got {max_numel}")
         self.register_buffer("data", data)

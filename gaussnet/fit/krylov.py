@@ -89,7 +89,10 @@ class Rows:
         norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in self]
         distance2 = torch.cat(norms) ** 2
         if not bool(torch.isfinite(distance2).all()):
-            raise ValueError(f"expected finite data, got NaN or infinite values in sample {self._bad()}")
+            bad = self._bad()
+            if bad is None:
+                raise ValueError("expected data whose squares are finite in float64, got larger numbers")
+            raise ValueError(f"expected finite data, got NaN or infinite values in sample {bad}")
         self.total: Tensor = distance2.sum()
         self.spread: Tensor = distance2.square().mean()
 
@@ -120,12 +123,13 @@ class Rows:
             chosen = slice(int(part[0]), int(part[-1]) + 1) if self._index is None else part.numpy()
             yield part, as_tensor(self._data[chosen])
 
-    def _bad(self) -> int:
-        return next(
-            int(part[(~finite).nonzero()[0]])
-            for part, samples in self._parts()
-            if not bool((finite := torch.isfinite(samples.flatten(1)).all(1).cpu()).all())
-        )
+    def _bad(self) -> int | None:
+        """The first sample with values that are not finite."""
+        for part, samples in self._parts():
+            finite = torch.isfinite(samples.flatten(1)).all(1).cpu()
+            if not bool(finite.all()):
+                return int(part[(~finite).nonzero()[0]])
+        return None
 
     def project(self, v: Tensor) -> Tensor:
         """X v, (n, b), for v (D, b)."""

@@ -27,7 +27,7 @@ from gaussnet.fit.selection import held_out
 from gaussnet.fit.shrinkage import FOLDS, truncate
 from gaussnet.fit.solvers import Axes, gram_axes
 from gaussnet.fit.spectrum import check_options, fit_covariance, fit_moments_covariance, split_rank
-from gaussnet.fit.streams import Data, batches, check_labels, check_mirror
+from gaussnet.fit.streams import Data, as_tensor, batches, check_labels, check_mirror
 
 FLOOR = 1e-6  # of the mean variance per dimension: the least variance in expectation maximisation
 _ABSENT = 1e-12  # responsibility below which a sample does not count for a component
@@ -233,10 +233,8 @@ def _allowed(rank: int | float | None, count: int, dim: int) -> int | float | No
 
 
 def _in_memory(data: Data) -> Tensor:
-    if isinstance(data, Tensor):
-        return data.detach()
-    if isinstance(data, np.ndarray):
-        return torch.as_tensor(np.array(data))
+    if isinstance(data, (Tensor, np.ndarray)):
+        return as_tensor(data)
     parts = [batch for batch, _ in batches(data) if len(batch)]
     if not parts:
         raise ValueError("expected at least one sample, got none")

@@ -21,7 +21,7 @@ from torch import Tensor
 from gaussnet.fit.moments import fold_members
 from gaussnet.fit.shrinkage import FOLDS, LINEAR, SHRINKAGES, shrink, truncate
 from gaussnet.fit.solvers import Axes, Solved, as_samples, solve
-from gaussnet.fit.streams import batches, check_finite
+from gaussnet.fit.streams import as_tensor, batches, check_finite
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _HELD_OUT = 5  # one sample, or group, in so many
@@ -154,7 +154,7 @@ def heldout_error(
 
 
 def _rows(data: Tensor | np.ndarray, index: Tensor) -> Tensor:
-    return torch.as_tensor(data[index.numpy()] if isinstance(data, np.ndarray) else data[index])
+    return as_tensor(data[index.numpy()] if isinstance(data, np.ndarray) else data[index])
 
 
 def _possible(solved: Solved) -> list[str]:

@@ -120,6 +120,8 @@ def fit_covariance(
             raise TypeError(f'select="heldout" needs an array of all samples, got {got}')
         if share is not None:
             raise ValueError(f'select="heldout" chooses the rank: expected an integer or None, got {share}')
+        if solver == "krylov":  # it finds some axes; two of the shrinkages need all
+            raise ValueError('select="heldout" needs all axes: expected another solver, got "krylov"')
         selection = select_heldout(data, groups, rank, mirror, tail=tail)
         rank, shrinkage = selection.rank, selection.shrinkage
     folds = FOLDS if shrinkage == "cv" else 1

@@ -108,7 +108,7 @@ def guided_flow(cond: GaussianDenoiser, uncond: GaussianDenoiser, w: float) -> F
         batch_shape = check_event(x, uncond.event_shape, "guided_flow")
         factor, matrix, path = solved(float(sigma_from), float(sigma_to))
         dtype = wide_dtype(x.device)
-        y = x.to(dtype).reshape(*batch_shape, -1) - centre.to(x.device, dtype)
+        y = x.to(dtype).reshape(*batch_shape, centre.numel()) - centre.to(x.device, dtype)
         q = basis.to(x.device, dtype)
         with full_precision(x.device.type):
             inside = (y @ q) @ matrix.to(x.device, dtype) + path.to(x.device, dtype)

@@ -121,18 +121,18 @@ def regress(covariance: Covariance, mask: Tensor, missing: Tensor, observation_n
     rows, excess = eigvecs[mask], lam - tail  # U_K and C
     unit = tail + observation_noise**2
     with full_precision(missing.device.type):
-        if unit > 0 and covariance.rank < len(rows):
+        if covariance.rank < len(rows) and unit > _RESOLVED * max(lam.tolist(), default=0.0):
             gram = rows.mT @ rows
             eye = torch.eye(len(lam), dtype=gram.dtype, device=gram.device)
-            inner = torch.linalg.solve(
-                unit * eye + excess[:, None] * gram, excess[:, None] * (missing @ rows).mT
-            )
+            # U_K^T S^-1 = (unit I + U_K^T U_K C)^-1 U_K^T: S^-1 v first would lose what is small in it.
+            inner = excess[:, None] * torch.linalg.solve(unit * eye + gram * excess, (missing @ rows).mT)
+            spread = inner.mT @ eigvecs.mT
             solved = (missing - inner.mT @ rows.mT) / unit
         else:
             dense = (rows * excess) @ rows.mT
             dense.diagonal().add_(unit)
             # Pixels that never vary make S singular: they tell nothing.
             solved = missing @ torch.linalg.pinv(dense, rtol=_RESOLVED, hermitian=True)
-        spread = (solved @ rows * excess) @ eigvecs.mT
+            spread = (solved @ rows * excess) @ eigvecs.mT
     spread[:, mask] += tail * solved
     return spread
