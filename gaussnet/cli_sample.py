@@ -86,6 +86,9 @@ def run_sample(options: argparse.Namespace) -> None:
         raise ValueError(f"expected a folder for {processes.world} processes, got {options.out}")
     if (options.out.is_file() and not single) or (single and options.out.is_dir()):
         raise ValueError(f"expected --out to be a folder or NAME.npz, got {options.out}")
+    for path in (options.out, options.grid):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     _check_statistics(options)
     device = processes.device(options.device)
     model = from_pretrained(options.model).to(device).eval()
@@ -131,12 +134,20 @@ def run_sample(options: argparse.Namespace) -> None:
         aside = options.out.with_name(options.out.name + ".partial.npz")
         np.savez(aside, images=np.stack([drawn[seed] for seed in seeds]), seeds=np.array(seeds))
         aside.replace(options.out)
+    shown: list[int] = []
     if options.grid is not None and processes.first:
         shown = [seed for seed in seeds[:64] if seed in drawn or _file(options.out, seed).is_file()]
         tiles = [drawn[seed] if single else np.array(Image.open(_file(options.out, seed))) for seed in shown]
         picture(tiles, options.grid)
     if processes.first:
         where = "" if jump is None else f", after a jump to sigma {jump.sigma_skip:.3g}"
+        if options.grid is not None and len(shown) < len(seeds[:64]):
+            log.warning(
+                "%s shows %d of %d images: other processes are not done; the same command draws it again",
+                options.grid,
+                len(shown),
+                len(seeds[:64]),
+            )
         told = f"{len(left)} images of {len(seeds)} seeds by {options.solver} in {options.steps} steps{where}"
         print(f"{told}: {options.out}")
 

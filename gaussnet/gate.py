@@ -86,31 +86,12 @@ class Gate(LevelTable):
             ValueError: if they do not fit the Gaussian.
         """
         buffer = next(gaussian.buffers())
-        drawn, classes = subsample(data, max_data, labels, generator)
-        drawn = drawn.to(buffer.device)
-        if drawn.shape[1:] != gaussian.event_shape:
-            expected = ", ".join(map(str, gaussian.event_shape))
-            raise ValueError(f"expected data of shape (N, {expected}), got {tuple(drawn.shape)}")
         levels = torch.as_tensor(SIGMAS if sigmas is None else sigmas, dtype=torch.float64, device="cpu")
-        device = torch.device("cpu") if generator is None else generator.device
-        picked = torch.randperm(len(drawn), generator=generator, device=device)[:n_queries].to(drawn.device)
-        clean = drawn[picked]
-        noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
-        if classes is not None:
-            classes = classes.to(drawn.device)
-        delta, own = DeltaDenoiser(drawn, classes), None if classes is None else classes[picked]
-        ratios: list[float] = []
-        with torch.no_grad():
-            for sigma in levels.tolist():
-                x = clean + sigma * noise
-                denoised = gaussian(x, sigma, own)
-                gain = (delta(x, sigma, own) - denoised).square().mean()
-                measured = (denoised - clean).square().mean()
-                error = gaussian.bayes_error(sigma) if isinstance(gaussian, GaussianDenoiser) else measured
-                ratios.append(float(gain / error))
-        values = torch.tensor(ratios, dtype=torch.float64).clamp(0, 1).sqrt()
+        found = measure_gate(
+            gaussian, data, levels.tolist(), n_queries, generator, labels=labels, max_data=max_data
+        )
         # The share falls with the noise; sampling error must not make it rise again.
-        values = values.cummin(0).values
+        values = torch.tensor(found, dtype=torch.float64).cummin(0).values
         return cls(levels.to(buffer), values.to(buffer))
 
     @classmethod
@@ -152,6 +133,42 @@ class Gate(LevelTable):
             pair[last : last + 2].double().tolist() for pair in (self.log_sigma, self.values)
         )
         return math.exp(x0 + (x1 - x0) * (y0 - tol) / (y0 - y1))
+
+
+@torch.no_grad()
+def measure_gate(
+    gaussian: Denoiser,
+    data: Data,
+    sigmas: Sequence[float],
+    n_queries: int = 1024,
+    generator: torch.Generator | None = None,
+    *,
+    labels: Tensor | None = None,
+    max_data: int = 65_536,
+) -> list[float]:
+    """The values of a gate at some levels, each as measured; arguments and errors as of `Gate.fit`."""
+    device = next(gaussian.buffers()).device
+    drawn, classes = subsample(data, max_data, labels, generator)
+    drawn = drawn.to(device)
+    if drawn.shape[1:] != gaussian.event_shape:
+        expected = ", ".join(map(str, gaussian.event_shape))
+        raise ValueError(f"expected data of shape (N, {expected}), got {tuple(drawn.shape)}")
+    source = torch.device("cpu") if generator is None else generator.device
+    picked = torch.randperm(len(drawn), generator=generator, device=source)[:n_queries].to(device)
+    clean = drawn[picked]
+    noise = torch.randn(clean.shape, generator=generator, device=source).to(clean)
+    if classes is not None:
+        classes = classes.to(device)
+    delta, own = DeltaDenoiser(drawn, classes), None if classes is None else classes[picked]
+    values: list[float] = []
+    for sigma in sigmas:
+        x = clean + sigma * noise
+        denoised = gaussian(x, sigma, own)
+        gain = (delta(x, sigma, own) - denoised).square().mean()
+        measured = (denoised - clean).square().mean()
+        error = gaussian.bayes_error(sigma) if isinstance(gaussian, GaussianDenoiser) else measured
+        values.append(min(1.0, math.sqrt(float(gain / error))))
+    return values
 
 
 def find_sigma_gate(

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gaussnet.model_card import CARD, tell
+from gaussnet.model_card import CARD, is_edited, seal, tell
 from gaussnet.version import __version__
 
 if TYPE_CHECKING:
@@ -201,10 +201,11 @@ class Pretrained(
         try:
             arguments.setdefault("repo_id", folder.name)
             url = super().save_pretrained(aside, **arguments)
+            seal(aside / "README.md")
             # First away with the old description: it never stands beside the new weights.
             (folder / CONFIG_NAME).unlink(missing_ok=True)
             for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG_NAME):
-                if file.name != "README.md" or not (folder / file.name).exists():  # which may be the user's
+                if file.name != "README.md" or not is_edited(folder / file.name):
                     file.replace(folder / file.name)
         except SafetensorError as error:
             raise OSError(f"{folder} could not be written: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 CARD = """---
@@ -33,6 +35,28 @@ denoised = model(x, sigma)  # x of shape {{ shape }}
 {{ text }}
 {% endfor -%}
 """
+
+
+_SEAL = "<!-- gaussnet: replaced with its model unless it is edited; sha256 of what is above: "
+
+
+def seal(card: Path) -> None:
+    """Appends a checksum to a card, by which `is_edited` knows it."""
+    text = card.read_text() if card.exists() else ""
+    if text:
+        card.write_text(f"{text.rstrip()}\n\n{_SEAL}{_checksum(text)} -->\n")
+
+
+def is_edited(card: Path) -> bool:
+    """Whether there is a card that is not, byte for byte, one that was sealed: the user's own."""
+    if not card.exists():
+        return False
+    text, found, rest = card.read_text(errors="replace").rpartition(_SEAL)
+    return not found or rest.strip() != f"{_checksum(text)} -->"
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.rstrip().encode()).hexdigest()
 
 
 def tell(value: Any) -> str:

@@ -5,9 +5,13 @@ import json
 import logging
 import os
 import pickle
+import threading
+import time
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ import gaussnet.data.folders
 from gaussnet.data import ImageData, ImageError, open_images
 from gaussnet.data.files import decode
 from gaussnet.data.folders import ZipReader
+from gaussnet.data.named import open_torchvision
 
 CACHES = pytest.mark.parametrize("cache", [0, 1 << 30], ids=["lazy", "cached"])
 
@@ -541,3 +546,32 @@ def test_images_have_to_be_images() -> None:
         ImageData(reference()[:, 0])
     with pytest.raises(ValueError, match="at least one image, got none"):
         ImageData(reference()[:0])
+
+
+def test_one_process_downloads_while_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    busy, seen = threading.Lock(), []
+
+    class Slow:
+        def __init__(self, root: Path, **_: Any) -> None:
+            assert busy.acquire(blocking=False), "two at once"
+            seen.append((root / "whole").exists())
+            time.sleep(0.05)
+            (root / "whole").touch()
+            busy.release()
+            self.data, self.targets = torch.zeros(4, 2, 2, dtype=torch.uint8), [0, 1, 2, 3]
+
+    monkeypatch.setattr(datasets, "MNIST", Slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: open_torchvision("MNIST", tmp_path / "new", "train"), range(4)))
+    assert seen == [False, True, True, True]
+    assert len(found) == 4
+
+
+def test_data_that_cannot_be_written_to_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    given = SimpleNamespace(data=torch.zeros(4, 2, 2, dtype=torch.uint8), targets=[0, 1, 2, 3])
+    monkeypatch.setattr(datasets, "MNIST", lambda *_, **__: given)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(open_torchvision("MNIST", tmp_path, "train").images) == 4
+    assert not list(tmp_path.iterdir())

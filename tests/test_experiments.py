@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, open_images
 from gaussnet.cli import main
-from gaussnet.experiments import EXPERIMENTS, Setting, defaults, run, score_deviation
+from gaussnet.experiments import EXPERIMENTS, Setting, defaults, run, running, score_deviation
 from gaussnet.experiments.running import SUFFIXES, Reading, Row, markdown
 from gaussnet.experiments.score_deviation import level_from
 from gaussnet.experiments.setting import fitting, load_model
@@ -249,6 +250,31 @@ def test_saved_models(tmp_path: Path) -> None:
     before = loaded.identity
     (tmp_path / "m" / "config.json").touch()
     assert before != setting(str(tmp_path / "m")).identity
+
+
+def test_other_images_in_the_same_place_are_other_data(tmp_path: Path) -> None:
+    def identity(**arrays: np.ndarray) -> dict[str, Any]:
+        np.savez(tmp_path / "data.npz", **arrays)
+        return Setting(model="gaussian", data=open_images(tmp_path / "data.npz")).identity
+
+    images, labels = (
+        np.random.default_rng(0).integers(0, 255, (2, 40, 4, 4), dtype=np.uint8),
+        np.arange(40) % 4,
+    )
+    first = identity(images=images[0], labels=labels)
+    assert first == identity(images=images[0], labels=labels)
+    assert first != identity(images=images[1], labels=labels)
+    assert first != identity(images=images[0], labels=labels[::-1])
+
+
+def test_other_files_of_the_same_name_are_measured_anew(tmp_path: Path) -> None:
+    options = Namespace(features=str(tmp_path / "f"), prompt="a cat", steps=3)
+    assert running._files(options) == []
+    (tmp_path / "f").write_text("one")
+    first = running._files(options)
+    (tmp_path / "f").write_text("other")
+    assert len(first) == 1
+    assert running._files(options) != first
 
 
 @pytest.mark.parametrize(

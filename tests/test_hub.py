@@ -110,6 +110,19 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     assert loaded(noised(0.5), 0.5).equal(denoiser("isotropic")(noised(0.5), 0.5))
 
 
+def test_a_card_is_replaced_unless_it_was_edited(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    for name, kind in (("mixture-kmeans", "GaussianMixtureDenoiser"), ("isotropic", "GaussianDenoiser")):
+        denoiser(name).save_pretrained(tmp_path)
+        assert f"# {kind} of" in card.read_text()
+    made = card.read_text()
+    for mine in ("mine alone", made.replace("A denoiser", "My denoiser"), made + "and more\n"):
+        assert mine != made
+        card.write_text(mine)
+        denoiser("mixture-kmeans").save_pretrained(tmp_path)
+        assert card.read_text() == mine
+
+
 def test_views_of_shared_memory_are_saved(tmp_path: Path) -> None:
     numbers = torch.arange(1.0, 8.0)
     g = GaussianDenoiser(numbers[:3], Covariance(torch.eye(3)[:, :2], numbers[3:5], numbers[6]))

@@ -236,6 +236,14 @@ def test_teleport_classes_and_guidance_reach_the_sampler(saved: Path, tmp_path: 
     assert not np.array_equal(images[1], images[2])
 
 
+def test_folders_of_outputs_are_made(saved: Path, tmp_path: Path) -> None:
+    out, grid = tmp_path / "new" / "samples.npz", tmp_path / "other" / "grid.png"
+    assert main(arguments(saved, out, "--grid", str(grid))) == 0
+    with np.load(out) as arrays:
+        assert len(arrays["images"]) == 6
+    assert grid.is_file()
+
+
 def test_two_processes_share_the_seeds(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out, whole = tmp_path / "shared", tmp_path / "whole"
     assert main(arguments(saved, whole)) == 0

@@ -140,6 +140,11 @@ def test_overrides_win_over_the_file() -> None:
         ("probe.sigmas=[0.1,-1]", r"probe\.sigmas"),
         ("report.skips=[0,18]", r"report\.skips: expected between 0 and sample_steps - 1 = 17"),
         ("seed=-1", r"seed"),
+        ("precond=edm loss.sigma_max=3", r"loss\.sigma_max: expected null with precond=edm.*got 3"),
+        ("data.split_seed=-1", r"data\.split_seed: expected >= 0, got -1"),
+        ("data.scaling=0.5", r'data\.scaling: expected null, "none", or two numbers, got 0\.5'),
+        ("data.scaling=[a,b]", r"data\.scaling: expected .* two numbers, got \['a', 'b'\]"),
+        ("data.scaling=[0,1,2]", r"data\.scaling: expected .* two numbers, got \[0, 1, 2\]"),
         ("train.steps", r"key=value, got 'train.steps'"),
     ],
 )

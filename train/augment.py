@@ -140,6 +140,21 @@ class Parameters:
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
 
+def check_images(options: AugmentConfig, event_shape: tuple[int, int, int]) -> None:
+    """Refuses groups that images (C, H, W) do not allow.
+
+    Raises:
+        ValueError: with the group's name.
+    """
+    channels, height, width = event_shape
+    on = options.on()
+    if "rotate_int" in on and height != width:
+        raise ValueError(f"augment.rotate_int: expected square images, got {height}x{width}")
+    for group in _RGB_ONLY:
+        if group in on and channels != 3:
+            raise ValueError(f"augment.{group}: expected images of 3 channels, got {channels}")
+
+
 def label_dim(options: AugmentConfig) -> int:
     """The number of labels per image, which a network takes as its `augment_dim`."""
     return sum(GROUPS[group] for group in options.on())
@@ -210,13 +225,8 @@ def apply(images: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         expected = f"({len(parameters)}, C, H, W), as many as the parameters"
         raise ValueError(f"expected images of shape {expected}, got {tuple(images.shape)}")
     _, channels, height, width = images.shape
+    check_images(parameters.options, (channels, height, width))
     on = parameters.options.on()
-    if "rotate_int" in on and height != width:
-        raise ValueError(f"augment.rotate_int: expected square images, got {height}x{width}")
-    for group in _RGB_ONLY:
-        if group in on and channels != 3:
-            raise ValueError(f"augment.{group}: expected images of 3 channels, got {channels}")
-
     images = _blit(images, parameters, on)
     if any(group in on for group in _GEOMETRIC):
         images = _deform(images, parameters, on)

@@ -225,10 +225,12 @@ def error_sums(
     axes: Tensor | None = None,
 ) -> Tensor:
     """Sums of squared denoising errors: the whole, then along each of the axes (D, r); (levels, 1 + r)."""
-    axes = clean.new_zeros(clean[0].numel(), 0) if axes is None else axes
+    axes = clean.new_zeros(clean.shape[1:].numel(), 0) if axes is None else axes
     totals = torch.zeros(len(sigmas), 1 + axes.shape[1], dtype=torch.float64, device=clean.device)
     for i, sigma in enumerate(sigmas):
         for part in torch.arange(len(clean), device=clean.device).split(256):
+            if not len(part):  # the share of one process of more than there are images
+                break
             own = None if labels is None else labels[part]
             error = model(clean[part] + sigma * noise[part], sigma, own) - clean[part]
             error = error.flatten(1)

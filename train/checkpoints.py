@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
 from gaussnet import GaussianDenoiser
 from train.config import ConfigError
@@ -21,17 +22,45 @@ from train.data import Data
 MANIFEST = "manifest.json"
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Takes the state of a checkpoint.
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model: nn.Module) -> None:
+    """Takes the state of a checkpoint; of one that was forked, all but what is fitted to the data.
+
+    Args:
+        accelerator: which holds what is loaded.
+        checkpoint: its folder.
+        model: the bypass model, with what has been fitted in this run.
 
     Raises:
         ConfigError: if it is not that of such a run, or, without a manifest, damaged.
     """
+    other = forked(checkpoint)
+    hook = model.register_load_state_dict_pre_hook(keep_fit) if other else None
     try:
         accelerator.load_state(str(checkpoint))
     except Exception as error:  # whatever pickle, zip files and safetensors raise
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {reason:.500}") from error
+        hint = f"; remove {checkpoint.parent.parent} before another --fork" if other else ""
+        raise ConfigError(
+            f"{checkpoint} cannot be loaded: {type(error).__name__}: {reason:.500}{hint}"
+        ) from error
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def keep_fit(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Puts the model's own tensors, but for those of its network, in the place of those to be loaded."""
+    own = model.state_dict()
+    network = f"{prefix}model."
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(network)]:
+        del state[name]
+    state.update({prefix + name: value for name, value in own.items() if not name.startswith("model.")})
+
+
+def forked(checkpoint: Path) -> bool:
+    """Whether it is the first one of a fork, which may have other data."""
+    path = checkpoint / MANIFEST
+    return path.exists() and json.loads(path.read_text())["data"] == {}
 
 
 def damage(checkpoint: Path) -> str | None:

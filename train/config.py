@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any, cast, get_args
@@ -74,7 +74,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         expect("data.heldout", self.heldout, self.heldout > 0, "> 0")
         expect("data.on_error", self.on_error, self.on_error in ("raise", "skip"), "raise or skip")
-        for name in ("pad", "workers"):
+        pair = self.scaling
+        known = pair is None or isinstance(pair, str)
+        if not known and isinstance(pair, Sequence) and len(pair) == 2:
+            known = all(isinstance(value, int | float) for value in pair)
+        expect("data.scaling", pair, known, 'null, "none", or two numbers')
+        for name in ("pad", "workers", "split_seed"):
             expect(f"data.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0")
 
 
@@ -346,6 +351,8 @@ class Config:
         for key, value in _leaves(self):
             expect(key, value, not isinstance(value, float) or math.isfinite(value), "a finite number")
         expect("seed", self.seed, self.seed >= 0, ">= 0")
+        whole = self.loss.sigma_max is None or self.precond is not Precond.edm
+        expect("loss.sigma_max", self.loss.sigma_max, whole, "null with precond=edm, which has no Gaussian")
         needs = self.bypass.gaussian is BypassGaussian.classes or self.loss.label_dropout > 0
         expect("data.labels", self.data.labels, self.data.labels or not needs, "true: the run uses classes")
 

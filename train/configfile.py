@@ -57,9 +57,10 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(saved: str, config: Config) -> list[str]:
-    """Lines "key: saved -> now" for each value of a saved YAML that differs from `config`.
+    """Lines "key: saved -> now" for each value of a saved YAML that differs from `config`, but for `out`.
 
-    A key that the saved one does not know is newer than the run, which did as its default does.
+    That folder may have been moved, or be named in another way. A key that the saved one does not know is
+    newer than the run, which did as its default does.
 
     Raises:
         ValueError: if the saved one is not the YAML of a run.
@@ -74,7 +75,7 @@ def differences(saved: str, config: Config) -> list[str]:
         raise ValueError(f"expected the keys of a run, got {saved!r:.100}")
     old = defaults | _flatten(tree)
     new = _flatten(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
-    keys = sorted(set(old) | set(new))
+    keys = sorted((set(old) | set(new)) - {"out"})
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from train.augment import check_images
 from train.callbacks import Heldout, Probes, Run, Samples
 from train.checkpoints import check_data, data_facts, load_checkpoint
 from train.config import Config, ConfigError
@@ -74,10 +76,15 @@ def run(config: Config) -> None:
 def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -> None:
     """Trains in a folder that is this run's alone."""
     is_main, device, world = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    make_optimizer(config, nn.Linear(1, 1))  # one that cannot be made is told before anything is computed
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
 
     # Fit.
     data = load_data(config.data)
+    try:
+        check_images(config.augment, data.event_shape)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     log.info(f"data: {data.train}; {len(data.heldout)} held out")
     started = time.perf_counter()
     analytic = fit_analytic(config, data, accelerator)
@@ -97,9 +104,7 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     model = wrap(config, network, wrapping).to(device)
     if config.train.compile:
         network.compile()
-    optimizer = create_optimizer_v2(
-        model, opt=config.train.optimizer, lr=config.train.lr, weight_decay=config.train.weight_decay
-    )
+    optimizer = make_optimizer(config, model)
     # Accelerate has no argument for the successor of broadcast_buffers yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -118,7 +123,7 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     first = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     if checkpoint is not None:
         check_data(checkpoint, facts)
-        load_checkpoint(accelerator, checkpoint)
+        load_checkpoint(accelerator, checkpoint, model)
         log.info(f"resuming {folder.path} at step {first} of {config.train.steps}")
     if is_main:
         folder.start(config)
@@ -258,8 +263,15 @@ def make_accelerator(config: Config) -> Accelerator:
     """Devices, processes, precision and trackers.
 
     Raises:
-        ConfigError: if the batch does not divide among processes and parts, or a tracker is not installed.
+        ConfigError: if the batch does not divide among processes and parts, a tracker is not installed, or
+            the launcher was told of another precision.
     """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.train.precision.value):
+        raise ConfigError(
+            f"train.precision: expected {launched}, as `accelerate launch` was told (--mixed_precision, or "
+            f"its own configuration), got {config.train.precision.value}"
+        )
     try:
         accelerator = Accelerator(
             mixed_precision=config.train.precision.value,
@@ -277,6 +289,21 @@ def make_accelerator(config: Config) -> Accelerator:
             f"got {config.train.batch}"
         )
     return accelerator
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a model's parameters.
+
+    Raises:
+        ConfigError: if timm knows none of that name, or cannot make it.
+    """
+    options = config.train
+    try:
+        return create_optimizer_v2(
+            model, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay
+        )
+    except (ValueError, TypeError, ImportError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"train.optimizer: {error}") from error
 
 
 def load_batches(

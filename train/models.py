@@ -27,7 +27,7 @@ from gaussnet import (
     MeasuredError,
 )
 from gaussnet.bypass_parts import Centre
-from gaussnet.gate import SIGMAS
+from gaussnet.gate import SIGMAS, measure_gate
 from gaussnet.networks.blocks import UNetBlock
 from gaussnet.networks.dit import DiTBlock
 from gaussnet.networks.mlp import MLPBlock
@@ -100,6 +100,7 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
                 config.seed,
                 shrinkage=fit.shrinkage,
                 groups=None if groups is None else groups[index],
+                mirror=config.data.xflip,
             )
             for k in fit.components
             if k == 1 or len(images) >= 20 * k
@@ -141,14 +142,17 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
             heldout, _ = apply(
                 heldout, draw(len(heldout), config.augment, generator_for(config.seed, "error augment"))
             )
-        error = MeasuredError.fit(
-            base,
-            heldout,
-            n_queries=config.fit.error_queries,
-            generator=generator_for(config.seed, "error"),
-            labels=classes if options.gaussian is BypassGaussian.classes else None,
-            other=other,
-        )
+        try:
+            error = MeasuredError.fit(
+                base,
+                heldout,
+                n_queries=config.fit.error_queries,
+                generator=generator_for(config.seed, "error"),
+                labels=classes if options.gaussian is BypassGaussian.classes else None,
+                other=other,
+            )
+        except ValueError as problem:  # such as classes of held-out images alone
+            raise ConfigError(f"data.heldout: {problem}") from problem
     gate = None
     if options.gate:
         gate = fit_gate(config, base, images, labels, accelerator)
@@ -181,6 +185,7 @@ def fit_base(
             classes if by_class else None,
             config.fit.shrinkage,
             groups=None if data.groups is None else data.groups[index],
+            mirror=config.data.xflip,
         )
     except ValueError as problem:
         raise ConfigError(f"bypass.gaussian: {problem}") from problem
@@ -207,6 +212,9 @@ def fit_folds(config: Config, data: Data, accelerator: Accelerator) -> CrossFit 
     if folds == 0 or config.precond is Precond.edm:
         return None
     lean = replace(config, fit=replace(config.fit, components=[]))
+    dealt = data.groups
+    if dealt is None and config.bypass.gaussian is BypassGaussian.classes:
+        dealt = places_in_class(data.train[torch.arange(count)][1])  # no fold has all images of a class
 
     def fit(kept: Tensor) -> Denoiser:
         groups = None if data.groups is None else data.groups[kept]
@@ -217,11 +225,21 @@ def fit_folds(config: Config, data: Data, accelerator: Accelerator) -> CrossFit 
         return fit_base(lean, part, analytic.gaussian)
 
     try:
-        return CrossFit.fit(fit, count, folds, data.groups)
-    except ConfigError:
-        raise
+        return CrossFit.fit(fit, count, folds, dealt)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, without the images of a fold: fit.folds=0 does without") from error
     except ValueError as error:
         raise ConfigError(f"fit.folds: {error}") from error
+
+
+def places_in_class(labels: Tensor) -> Tensor:
+    """The number of each label's equals before it, (N,)."""
+    order = labels.argsort(stable=True)
+    _, sizes = labels.unique(return_counts=True)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    places = torch.empty_like(labels)
+    places[order] = torch.arange(len(labels)) - starts
+    return places
 
 
 def fit_gate(
@@ -230,8 +248,8 @@ def fit_gate(
     """The gate; each process measures some of its levels."""
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = SIGMAS[rank::world] if world > 1 else SIGMAS
-    own = Gate.fit(
-        cast(Any, base),
+    values = measure_gate(
+        base,
         images,
         mine,
         config.fit.gate_queries,
@@ -239,11 +257,11 @@ def fit_gate(
         labels=labels,
         max_data=config.fit.max_data,
     )
-    if world == 1:
-        return own
-    pairs = sorted(gather_object(list(zip(mine, own.values.tolist(), strict=True))))
-    sigmas, values = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    return Gate(sigmas, values.cummin(0).values)
+    found = list(zip(mine, values, strict=True))
+    pairs = sorted(gather_object(found) if world > 1 else found)
+    sigmas, shares = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
+    # The share falls with the noise; sampling error must not make it rise again.
+    return Gate(sigmas.float(), shares.cummin(0).values.float())
 
 
 def build_network(config: Config, data: Data) -> nn.Module:

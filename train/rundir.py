@@ -177,7 +177,9 @@ class RunFolder:
             shutil.rmtree(old)
 
     def fork(self, other: RunFolder, config: Config) -> None:
-        """Copies the last checkpoint and the tables to another folder, to go on there with another config.
+        """Copies the last checkpoint, tables and best model to another folder, to go on with another config.
+
+        With other images, fits or held-out measurements, tables and best model stay behind.
 
         Raises:
             ConfigError: if there is nothing to go on from, or something in the other folder.
@@ -194,9 +196,15 @@ class RunFolder:
         if (copy / MANIFEST).exists():  # other data are among what a fork may choose
             manifest = json.loads((copy / MANIFEST).read_text())
             write_atomically(copy / MANIFEST, json.dumps({**manifest, "data": {}}, indent=2))
-        for table in (self.metrics, *self.tables):
+        same = self.config.is_file() and not any(
+            line.startswith(("data.", "fit.", "heldout.queries", "heldout.sigmas"))
+            for line in differences(self.config.read_text(), config)
+        )
+        for table in (self.metrics, *(self.tables if same else ())):  # errors on other images do not go on
             if table.is_file():
                 shutil.copy(table, aside / table.name)
+        if same and self.best.is_dir():
+            shutil.copytree(self.best, aside / self.best.name)
         write_atomically(aside / self.config.name, to_yaml(config))
         aside.rename(other.path)
 

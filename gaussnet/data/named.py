@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from gaussnet.data.files import Files, ImageError
 from gaussnet.data.folders import FolderReader
@@ -42,7 +45,10 @@ def open_torchvision(name: str, root: Path, split: str) -> Found:
         raise ImportError(f"torchvision:{name} needs torchvision: pip install torchvision") from error
     which: dict[str, Any] = {"split": split} if name == "CelebA" else {"train": split == "train"}
     try:
-        data: Any = getattr(datasets, name)(root, download=True, **which)
+        root.mkdir(parents=True, exist_ok=True)
+        # torchvision writes in place: of several processes, one downloads, and the others find it there.
+        with FileLock(root / f".{name}.lock") if os.access(root, os.W_OK) else nullcontext():
+            data: Any = getattr(datasets, name)(root, download=True, **which)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         raise FileNotFoundError(
             f"torchvision:{name} is not below {root} and cannot be downloaded: {error}"

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from gaussnet.experiments.setting import Setting
+from gaussnet.experiments.setting import Setting, fingerprint
 from gaussnet.plots.style import save
 from gaussnet.processes import Processes
 
@@ -124,7 +124,7 @@ def run(
     """
     processes = processes or Processes()
     units = experiment.units(setting, options)
-    folder = out / "parts" / f"{name}-{_hash(setting.identity, vars(options))}"
+    folder = out / "parts" / f"{name}-{_hash(setting.identity, vars(options), *_files(options))}"
     mine = units[processes.rank :: processes.world]
     share = [
         (unit, _kept(folder / f"{_slug(unit)}.json", experiment, setting, options, unit))
@@ -208,6 +208,12 @@ def _kept(
     aside.write_text(text)
     aside.replace(path)
     return json.loads(text)
+
+
+def _files(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What tells the files among the options from others of the same names."""
+    named = [str(value) for _, value in sorted(vars(options).items()) if isinstance(value, (str, Path))]
+    return [fingerprint(name) for name in named if Path(name).is_file()]
 
 
 def _hash(*parts: Any) -> str:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.data import ImageData
+from gaussnet.data.images import spread
 from gaussnet.denoisers import (
     DeltaDenoiser,
     Denoiser,
@@ -124,11 +125,23 @@ class Setting:
         return {
             "model": fingerprint(self.model_name),
             "data": None if self.data is None else repr(self.data),
+            "images": self._digest,
             "heldout": self.heldout,
             "fit_images": self.fit_images,
             "shrinkage": self.shrinkage,
             "seed": self.seed,
         }
+
+    @cached_property
+    def _digest(self) -> str | None:
+        """A checksum of some images and all labels: others in the same file are other data."""
+        if self.data is None:
+            return None
+        images = self.data.raw(spread(len(self.data)))
+        digest = hashlib.sha256(images.contiguous().cpu().numpy().tobytes())
+        if self.data.labels is not None:
+            digest.update(self.data.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A generator on the CPU that depends on the seed and the purpose alone."""

@@ -1,0 +1,116 @@
+"""What a run fits to its data: mirrored, by class, in folds, on any number of processes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+import train.models
+from gaussnet import Gate, GaussianMixtureDenoiser
+from gaussnet.gate import SIGMAS, measure_gate
+from train.callbacks import error_sums
+from train.config import Config, ConfigError
+from train.configfile import load_config
+from train.data import load_data
+from train.models import fit_analytic, fit_base, fit_folds, fit_gate, fit_wrapping, places_in_class
+
+ROOT = Path(__file__).parent.parent
+LEAN = ["fit.components=[]", "fit.gate_queries=64", "fit.error_queries=64", "fit.max_data=300"]
+CLASSES = ["data.labels=true", "bypass.gaussian=classes"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def configured(*overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "digits.yaml", [*LEAN, "out=unused", *overrides])
+
+
+def labelled(tmp_path: Path, labels: list[int]) -> str:
+    """A source of grey images with these labels."""
+    images = np.random.default_rng(0).integers(0, 255, (len(labels), 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.array(labels))
+    return f"data.source={tmp_path}/data.npz"
+
+
+@pytest.mark.parametrize("world", [2, 13, 30])
+def test_the_gate_of_many_processes_is_that_of_one(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured()
+    data = load_data(config.data)
+    images = data.train.tensor()[:300]
+    gaussian = fit_analytic(config, data, Accelerator(cpu=True)).gaussian
+    generator, queries = train.data.generator_for(0, "gate"), config.fit.gate_queries
+    whole = list(zip(SIGMAS, measure_gate(gaussian, images, SIGMAS, queries, generator), strict=True))
+    shares: list[tuple[float, float]] = []
+    monkeypatch.setattr(train.models, "gather_object", lambda found: shares.extend(found) or whole)
+
+    def of(rank: int, world: int) -> Gate:
+        process = SimpleNamespace(process_index=rank, num_processes=world)
+        return fit_gate(config, gaussian, images, None, cast(Any, process))
+
+    gates = [of(rank, world) for rank in range(world)]
+    assert sorted(shares) == whole, "each level by one process, and as one would"
+    for gate in gates:
+        torch.testing.assert_close(gate.values, of(0, 1).values)
+
+
+@pytest.mark.parametrize("options", [["bypass.gaussian=mixture", "bypass.components=3"], CLASSES])
+def test_mixtures_are_fitted_to_mirror_images_where_training_mirrors(options: list[str]) -> None:
+    config = configured("data.xflip=true", "fit.components=[3]", *options)
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+    analytic = fit_analytic(config, data, accelerator)
+    for mixture in (fit_base(config, data, analytic.gaussian), analytic.mixtures[3]):
+        assert isinstance(mixture, GaussianMixtureDenoiser)
+        mean = torch.einsum("k,k...->...", mixture.weights, mixture.means)
+        if mixture.component_labels is None:  # clusters of mirrored images are of few of both
+            assert (mean - mean.flip(-1)).norm() < 0.2 * mean.norm()
+        else:
+            torch.testing.assert_close(mixture.means, mixture.means.flip(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_places_count_the_equals_before() -> None:
+    assert places_in_class(torch.tensor([3, 1, 3, 3, 0, 1])).tolist() == [0, 0, 1, 2, 0, 1]
+
+
+def test_folds_leave_images_of_every_class(tmp_path: Path) -> None:
+    labels = [0] * 60 + [1] * 60 + [2] * 4
+    config = configured(labelled(tmp_path, labels), "data.heldout=1", *CLASSES)
+    data = load_data(config.data)
+    cross = fit_folds(config, data, Accelerator(cpu=True))
+    assert cross is not None
+    for denoiser in cross.denoisers:
+        assert isinstance(denoiser, GaussianMixtureDenoiser)
+        assert denoiser.component_labels is not None
+        assert denoiser.component_labels.tolist() == [0, 1, 2]
+
+
+def test_classes_too_rare_for_folds_are_named(tmp_path: Path) -> None:
+    config = configured(labelled(tmp_path, [0, 1] * 30 + [2] * 2), "data.heldout=1", *CLASSES)
+    message = r"expected at least 2 samples of each class, got one of \[2\], .*: fit.folds=0 does without"
+    with pytest.raises(ConfigError, match=message):
+        fit_folds(config, load_data(config.data), Accelerator(cpu=True))
+
+
+def test_classes_of_held_out_images_alone_are_named(tmp_path: Path) -> None:
+    labels = [0, 1] * 30
+    order = torch.randperm(60, generator=train.data.generator_for(0, "split"))  # as images are split
+    labels[int(order[0])] = 2
+    config = configured(labelled(tmp_path, labels), "data.heldout=6", *CLASSES)
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+    with pytest.raises(ConfigError, match=r"data.heldout: expected class_labels among \[0, 1\], got \[2\]"):
+        fit_wrapping(config, data, fit_analytic(config, data, accelerator), accelerator)
+
+
+def test_a_process_without_held_out_images_adds_nothing() -> None:
+    clean = torch.zeros(0, 1, 4, 4)
+    sums = error_sums(lambda *_: pytest.fail("evaluated"), clean, clean, [0.1, 1.0], None, torch.eye(16))
+    assert sums.equal(torch.zeros(2, 17, dtype=torch.float64))
