@@ -253,9 +253,9 @@ def test_saved_models(tmp_path: Path) -> None:
 
 
 def test_other_images_in_the_same_place_are_other_data(tmp_path: Path) -> None:
-    def identity(**arrays: np.ndarray) -> dict[str, Any]:
+    def identity(**arrays: Any) -> dict[str, Any]:
         np.savez(tmp_path / "data.npz", **arrays)
-        return Setting(model="gaussian", data=open_images(tmp_path / "data.npz")).identity
+        return Setting("gaussian", open_images(tmp_path / "data.npz")).identity
 
     images, labels = (
         np.random.default_rng(0).integers(0, 255, (2, 40, 4, 4), dtype=np.uint8),

@@ -94,6 +94,12 @@ def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with their model, without measuring and drawing their report, which takes half of the time."""
+    monkeypatch.setattr(train.loop, "write_report", lambda *_: "report\n")
+
+
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -230,6 +236,7 @@ def test_a_run_that_died_before_its_report_writes_it(complete: Path, tmp_path: P
     assert (out / "report.md").read_text() == (complete / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("brief")
 def test_gradients_that_are_not_finite_are_zeroed_and_counted(tmp_path: Path, monkeypatch: Any) -> None:
     original = train.loop.denoising_loss
     calls = 0
@@ -247,6 +254,7 @@ def test_gradients_that_are_not_finite_are_zeroed_and_counted(tmp_path: Path, mo
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
+@pytest.mark.usefixtures("brief")
 def test_gradients_that_stay_so_stop_the_run_and_keep_its_state(tmp_path: Path, monkeypatch: Any) -> None:
     original = train.loop.denoising_loss
     monkeypatch.setattr(train.loop, "denoising_loss", lambda *a: original(*a) * float("inf"))
@@ -343,6 +351,7 @@ def test_few_groups_are_fewer_folds(tmp_path: Path) -> None:
         fit_folds(config, load_data(config.data), Accelerator(cpu=True))
 
 
+@pytest.mark.usefixtures("brief")
 def test_training_is_shown_the_closed_forms_of_folds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -388,6 +397,7 @@ def test_arms_begin_with_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(edm[name], blend[name]) for name in edm if name not in differ)
 
 
+@pytest.mark.usefixtures("brief")
 def test_it_can_begin_by_learning_the_gaussian(tmp_path: Path) -> None:
     warm = ["precond=edm", "edm.sigma_data=1", "train.steps=60", "heldout.every=60", "probe.times=1"]
     train.loop.run(tiny(tmp_path / "gaussian", *warm, "loss.gaussian_steps=60"))
@@ -410,6 +420,7 @@ def explained(path: Path) -> float:
     return sum(chosen) / len(chosen)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     "options",
     [
@@ -431,6 +442,7 @@ def test_options_of_a_run(tmp_path: Path, options: list[str]) -> None:
     assert len(moved) < len(list(model.parameters())) / 4, "weights that have not learned"
 
 
+@pytest.mark.usefixtures("brief")
 def test_accumulated_parts_are_one_batch(complete: Path, tmp_path: Path) -> None:
     options = ["network.arguments.dropout=0", "probe.times=1", "report.reference_steps=6"]
     for parts in (1, 4):
@@ -441,6 +453,7 @@ def test_accumulated_parts_are_one_batch(complete: Path, tmp_path: Path) -> None
         torch.testing.assert_close(four[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.usefixtures("brief")
 def test_checkpointed_blocks_learn_the_same(complete: Path, tmp_path: Path) -> None:
     options = ["probe.times=1", "report.reference_steps=6", "network.checkpoint=true"]
     train.loop.run(tiny(tmp_path, *options))
@@ -481,6 +494,7 @@ def test_a_fork_goes_on_with_other_values(complete: Path, tmp_path: Path, caplog
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(
     complete: Path, tmp_path: Path, monkeypatch: Any, caplog: Any, number: signal.Signals
@@ -522,6 +536,7 @@ def test_frechet_distance_on_a_given_extractor(tmp_path: Path) -> None:
         train.loop.run(tiny(tmp_path / "other", "frechet.every=4", "frechet.extractor=nowhere"))
 
 
+@pytest.mark.usefixtures("brief")
 def test_one_bad_image_is_named_or_skipped(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(40):
@@ -622,6 +637,7 @@ def test_errors_reach_the_shell_once(tmp_path: Path, arguments: list[str], messa
     assert not (out / "config.yaml").exists(), "an impossible run was started"
 
 
+@pytest.mark.usefixtures("brief")
 def test_errors_along_all_axes_are_the_whole_error(tmp_path: Path) -> None:
     train.loop.run(tiny(tmp_path, "probe.times=1", "heldout.bands=4", "report.reference_steps=6"))
     whole = {

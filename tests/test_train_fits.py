@@ -16,7 +16,7 @@ from gaussnet.gate import SIGMAS, measure_gate
 from train.callbacks import error_sums
 from train.config import Config, ConfigError
 from train.configfile import load_config
-from train.data import load_data
+from train.data import generator_for, load_data
 from train.models import fit_analytic, fit_base, fit_folds, fit_gate, fit_wrapping, places_in_class
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_the_gate_of_many_processes_is_that_of_one(world: int, monkeypatch: pyte
     data = load_data(config.data)
     images = data.train.tensor()[:300]
     gaussian = fit_analytic(config, data, Accelerator(cpu=True)).gaussian
-    generator, queries = train.data.generator_for(0, "gate"), config.fit.gate_queries
+    generator, queries = generator_for(0, "gate"), config.fit.gate_queries
     whole = list(zip(SIGMAS, measure_gate(gaussian, images, SIGMAS, queries, generator), strict=True))
     shares: list[tuple[float, float]] = []
     monkeypatch.setattr(train.models, "gather_object", lambda found: shares.extend(found) or whole)
@@ -102,7 +102,7 @@ def test_classes_too_rare_for_folds_are_named(tmp_path: Path) -> None:
 
 def test_classes_of_held_out_images_alone_are_named(tmp_path: Path) -> None:
     labels = [0, 1] * 30
-    order = torch.randperm(60, generator=train.data.generator_for(0, "split"))  # as images are split
+    order = torch.randperm(60, generator=generator_for(0, "split"))  # as images are split
     labels[int(order[0])] = 2
     config = configured(labelled(tmp_path, labels), "data.heldout=6", *CLASSES)
     data, accelerator = load_data(config.data), Accelerator(cpu=True)
