@@ -42,9 +42,8 @@ _SEAL = "<!-- gaussnet: replaced with its model unless it is edited; sha256 of w
 
 def seal(card: Path) -> None:
     """Appends a checksum to a card, by which `is_edited` knows it."""
-    text = card.read_text() if card.exists() else ""
-    if text:
-        card.write_text(f"{text.rstrip()}\n\n{_SEAL}{_checksum(text)} -->\n")
+    text = card.read_text()
+    card.write_text(f"{text.rstrip()}\n\n{_SEAL}{_checksum(text)} -->\n")
 
 
 def is_edited(card: Path) -> bool:

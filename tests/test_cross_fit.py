@@ -41,6 +41,7 @@ def test_every_image_is_denoised_by_the_fit_without_its_fold(dtype: torch.dtype)
     cross = CrossFit.fit(marginal, COUNT, 4).to(dtype)
     index = torch.tensor([7, 0, 31, 58, 3, 4, 12])  # no fold in order, one of them never
     assert set((index % 4).tolist()) == {0, 2, 3}
+    assert f"images={COUNT}" in repr(cross)
     x, sigma = noisy(index, dtype)
     gaussian, refined = cross(x, sigma, index)
     assert refined.dtype == dtype

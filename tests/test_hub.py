@@ -176,7 +176,7 @@ def test_missing_files(saved: Path, name: str) -> None:
 
 @pytest.mark.parametrize("load", [from_pretrained, GaussianDenoiser.from_pretrained])
 def test_no_such_folder(load: Any, tmp_path: Path) -> None:
-    for name in ("a/b/c", tmp_path / "nothing", str(tmp_path / "nothing")):
+    for name in ("nothing", "a/b/c", "nobody/nothing", tmp_path / "nothing", str(tmp_path / "nothing")):
         with pytest.raises(FileNotFoundError, match=f"no folder {name}, and no such model"):
             load(name)
 

@@ -244,6 +244,25 @@ def test_folders_of_outputs_are_made(saved: Path, tmp_path: Path) -> None:
     assert grid.is_file()
 
 
+def test_without_a_jump_it_says_so(saved: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    low = ["--sigma-max", "0.5", "--grid", str(tmp_path / "grid.png")]
+    assert main(arguments(saved, tmp_path / "plain", *low)) == 0
+    assert main(arguments(saved, tmp_path / "auto", *low, "--teleport", "auto")) == 0
+    assert "no jump: the Gaussian stands in for the model from sigma" in caplog.text
+    assert "after a jump" not in capsys.readouterr().out
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "auto" / path.name).read_bytes()
+
+
+def test_a_grid_of_some_images_is_told(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(saved, tmp_path / "out", "--grid", str(tmp_path / "grid.png"))) == 0
+    assert "grid.png shows 3 of 6 images: other processes are not done" in caplog.text
+
+
 def test_two_processes_share_the_seeds(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out, whole = tmp_path / "shared", tmp_path / "whole"
     assert main(arguments(saved, whole)) == 0
