@@ -59,5 +59,8 @@ def joined_processes() -> Generator[Processes]:
     distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size())
+        # All end together. Without a pause, gloo's threads may still hold what was gathered; to let go of it,
+        # they need the interpreter, with which PyTorch 2.6 waits for them in vain in what follows.
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import denoiser, digits, split, train_digits
+from cases import denoiser, digits, randn, split, train_digits
 from scipy.integrate import quad
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gaussnet import Gate, GaussianDenoiser, GaussianMixtureDenoiser, find_sigma_gate
+from gaussnet import DeltaDenoiser, Gate, GaussianDenoiser, GaussianMixtureDenoiser, find_sigma_gate
 from gaussnet.fit import Data
+from gaussnet.gate import measure_gate
 from gaussnet.numerics import Sigma
 
 SIGMAS = torch.tensor([0.1, 0.4, 2.0, 30.0])
@@ -261,3 +262,28 @@ def test_finds_where_a_model_is_its_gaussian() -> None:
     other = GaussianDenoiser(gaussian.mean + 1, gaussian.covariance)
     with pytest.raises(ValueError, match=r"less than 0.1 e\(sigma\) at sigma = 80, got 1.8"):
         find_sigma_gate(other, gaussian)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_mixture_is_measured_on_the_same_samples(labelled: bool) -> None:
+    """Written out: the error is measured, and classes reach both denoisers."""
+    data, classes = randn(40, 1, 2, 3), torch.arange(40) % 2
+    labels = classes if labelled else None
+    mixture = GaussianMixtureDenoiser.fit(data, None, 2, labels=classes)
+    sigmas, generator = [0.3, 2.0], torch.Generator().manual_seed(5)
+    values = measure_gate(mixture, data, sigmas, 7, generator, labels=labels)
+    again = torch.Generator().manual_seed(5)
+    torch.randperm(40, generator=again)  # of the data that stand for all
+    picked = torch.randperm(40, generator=again)[:7]
+    clean, noise = data[picked], torch.randn(7, 1, 2, 3, generator=again).double()
+    own = classes[picked] if labelled else None
+    delta = DeltaDenoiser(data, labels)
+    for sigma, value in zip(sigmas, values, strict=True):
+        x = clean + sigma * noise
+        base = mixture(x, sigma, own)
+        gain = (delta(x, sigma, own) - base).square().mean() / (base - clean).square().mean()
+        assert value == pytest.approx(min(1.0, math.sqrt(float(gain))), rel=1e-12)
+    gate = Gate.fit(mixture, data, sigmas, 7, torch.Generator().manual_seed(5), labels=labels)
+    assert gate.values.tolist() == pytest.approx([values[0], min(values)], rel=1e-12)
+    drawn = Gate.fit(mixture, data, sigmas, 7, torch.Generator().manual_seed(5), labels=labels, max_data=20)
+    assert drawn.values.tolist() != gate.values.tolist(), "20 samples stand for 40"
