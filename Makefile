@@ -31,10 +31,10 @@ demo: setup
 
 # A process a core, each with one thread: threads that share a core spend their time waiting for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --dist worksteal
 
 coverage: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -72,7 +72,7 @@ build/oldest/installed: pyproject.toml constraints.txt
 	touch $@
 
 test-oldest: build/oldest/installed
-	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -m "not slow" --numprocesses logical
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -m "not slow" --numprocesses logical --dist worksteal
 
 BENCH := $(BIN)/python benchmarks/bench.py --mnist "$(MNIST)" --emoji "$(EMOJI)" --edm "$(EDM)" --model "$(MODEL)"
 

@@ -114,7 +114,7 @@ def test_jvp_is_the_transpose_of_vjp(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ANALYTIC if "delta" not in name])
-@pytest.mark.parametrize("method", ["forward", "score", "log_prob"])
+@pytest.mark.parametrize("method", ["forward", pytest.param("score", marks=pytest.mark.slow), "log_prob"])
 def test_compiles_without_graph_breaks(name: str, method: str) -> None:
     torch.compiler.reset()
     d, x = denoiser(name, F32), noised(0.5, 4, F32)

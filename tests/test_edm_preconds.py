@@ -343,6 +343,7 @@ def test_bfloat16_module(name: str) -> None:
     assert {key for key, value in half.state_dict().items() if value.dtype == F32} <= {"u"}
 
 
+@pytest.mark.slow
 @every
 def test_compiles_without_graph_breaks(name: str) -> None:
     torch.compiler.reset()

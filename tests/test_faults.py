@@ -333,7 +333,14 @@ def test_a_full_disk_leaves_the_old_model(disk: Disk) -> None:
     assert not (disk.path / "model" / ".partial").exists()
 
 
-@pytest.mark.parametrize("at", ["save_checkpoint", "log", "save_model", "append", "final"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        "save_checkpoint",
+        "final",
+        *(pytest.param(at, marks=pytest.mark.slow) for at in ("log", "save_model", "append")),
+    ],
+)
 def test_a_run_on_a_full_disk_ends_with_one_message_and_resumes(
     disk: Disk, whole: Path, at: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

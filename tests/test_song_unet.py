@@ -243,6 +243,7 @@ def test_bfloat16_autocast(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ncsnpp", "skip", "conditional"])
 def test_compiles_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "dropout", F.dropout)  # what is compiled keeps PyTorch's

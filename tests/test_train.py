@@ -186,7 +186,7 @@ def test_another_configuration_is_refused_with_its_keys(complete: Path) -> None:
         train.loop.run(tiny(complete, "train.lr=0.1"))
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 7))])
 def test_resumed_run_equals_an_uninterrupted_one(
     complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:

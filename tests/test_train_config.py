@@ -33,6 +33,7 @@ EDM_PARAMETERS = {
     "cifar10_mini_edm": 15_707_235,
 }
 every = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+QUICK = ("digits", "mnist_cond", "cifar10_edm", "emoji64")  # which train in the default tests
 
 
 @every
@@ -57,7 +58,11 @@ def test_networks_have_as_many_parameters_as_edms(name: str) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == EDM_PARAMETERS[name]
 
 
-@every
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.parametrize("precond", ["edm", "bypass"])
 def test_every_config_trains(
     path: Path, precond: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
