@@ -253,6 +253,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.slow
 @networks
 def test_compiles_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (blocks, dit, mlp):  # what is compiled keeps PyTorch's dropout

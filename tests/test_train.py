@@ -519,6 +519,7 @@ def test_a_signal_finishes_the_step_and_saves(
         assert torch.equal(weights(tmp_path)[name], tensor), name
 
 
+@pytest.mark.slow
 def test_frechet_distance_on_a_given_extractor(tmp_path: Path) -> None:
     SmallClassifier().save_pretrained(tmp_path / "features")
     options = [f"frechet.extractor={tmp_path}/features", "frechet.every=4", "frechet.samples=24"]
@@ -625,7 +626,10 @@ def test_compiled_it_trains_the_same(complete: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["train.stepz=3"], "train.stepz"), (["train.batch=3"], "train.batch: expected a multiple of 2")],
+    [
+        pytest.param(["train.stepz=3"], "train.stepz", marks=pytest.mark.slow),
+        (["train.batch=3"], "train.batch: expected a multiple of 2"),
+    ],
 )
 def test_errors_reach_the_shell_once(tmp_path: Path, arguments: list[str], message: str) -> None:
     out = tmp_path / "run"
