@@ -86,9 +86,8 @@ def run_sample(options: argparse.Namespace) -> None:
         raise ValueError(f"expected a folder for {processes.world} processes, got {options.out}")
     if (options.out.is_file() and not single) or (single and options.out.is_dir()):
         raise ValueError(f"expected --out to be a folder or NAME.npz, got {options.out}")
-    for path in (options.out, options.grid):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.guidance != 1 and options.classes is None:
+        raise ValueError(f"expected --classes with --guidance {options.guidance:g}, got none")
     _check_statistics(options)
     device = processes.device(options.device)
     model = from_pretrained(options.model).to(device).eval()
@@ -102,6 +101,9 @@ def run_sample(options: argparse.Namespace) -> None:
     statistics = None
     if options.statistics is not None:
         statistics = _statistics(options, model, device)
+    for path in (options.out, options.grid):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     left = seeds[processes.rank :: processes.world]
     places = torch.arange(len(seeds))[processes.rank :: processes.world]
     if not single:

@@ -367,7 +367,7 @@ def test_statistics_are_those_of_the_guided_model(smooth: Path, tmp_path: Path, 
         (["--gaussian", "absent"], "--gaussian is an option of jumps: expected --teleport auto or a level"),
         (["--teleport", "far"], "--teleport none, auto or a level, got 'far'"),
         (["--classes", "9"], "classes in [0, 4)"),
-        (["--guidance", "2"], "class_labels for guidance=2"),
+        (["--guidance", "2"], "expected --classes with --guidance 2, got none"),
         (["--steps", "0"], "--steps >= 1, got 0"),
     ],
 )
@@ -377,6 +377,8 @@ def test_errors_are_one_line(
     assert main(arguments(saved, tmp_path / "out", *others)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
+    assert main(arguments(saved, tmp_path / "new" / "out", *others)) == 2
+    assert not (tmp_path / "new").exists(), "nothing is made for what cannot be drawn"
 
 
 def test_from_a_shell(saved: Path, tmp_path: Path) -> None:
