@@ -50,10 +50,10 @@ def leaks(
         own = None if groups is None else groups[kept]
         return MarginalDenoiser.fit(train[kept], GaussianDenoiser.fit(train[kept], groups=own))
 
-    everything = torch.arange(len(train))
-    whole, cross = fit(everything), CrossFit.fit(fit, len(train), groups=groups)
+    whole, cross = fit(torch.arange(len(train))), CrossFit.fit(fit, len(train), groups=groups)
     generator = torch.Generator().manual_seed(1)
-    index = everything[:QUERIES].repeat(-(-QUERIES // len(train)))[:QUERIES]  # few images, more noise
+    order = torch.randperm(len(train), generator=generator)  # files are sorted
+    index = order.repeat(-(-QUERIES // len(train)))[:QUERIES]  # few images, more noise
     noises = [torch.randn(len(images), *train.shape[1:], generator=generator) for images in (index, heldout)]
     ratios: dict[str, list[float]] = {}
     for sigma in SIGMAS:

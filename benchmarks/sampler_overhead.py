@@ -20,6 +20,7 @@ from timing import compare
 from torch import Tensor
 
 from gaussnet import SOLVERS, BypassPrecond, Covariance, GaussianDenoiser, SongUNet, karras_sigmas, teleport
+from gaussnet.samplers import ModelStatistics, log_snr_sigmas
 from train.configfile import load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_mini_edm.yaml"
@@ -36,6 +37,7 @@ TIMED = (
     "pndm",
     "ipndm",
     "deis",
+    "dpm_v3",
 )
 
 
@@ -65,12 +67,17 @@ def main() -> None:
     inputs, noise_labels = torch.randn(options.batch, 6, 32, 32), torch.zeros(options.batch)
     sigmas = karras_sigmas(STEPS)
 
+    levels = log_snr_sigmas(STEPS)[:-1].flip(0)
+    one = torch.ones(STEPS, *SHAPE, dtype=torch.float64)
+    given = {"generator": generator, "statistics": ModelStatistics(levels, one, 0 * one, 0 * one)}
+
     def identity(x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return x
 
     def steps_of(name: str) -> Any:
         method: Any = SOLVERS[name]
-        extra = {"generator": generator} if "generator" in inspect.signature(method).parameters else {}
+        taken = inspect.signature(method).parameters
+        extra = {key: value for key, value in given.items() if key in taken}
         return lambda: method(identity, x, sigmas, **extra)
 
     calls: dict[str, Any] = {
@@ -81,24 +88,26 @@ def main() -> None:
         **{name: steps_of(name) for name in TIMED},
     }
     times = compare(calls, options.repeats)
-    one = times["network"]
+    evaluation = times["network"]
     against = "one evaluation of the network"
     shares = {
-        name: record.number(f"a step of {name}", 100 * times[name] / STEPS / one, "<= 1", against, unit="%")
+        name: record.number(
+            f"a step of {name}", 100 * times[name] / STEPS / evaluation, "<= 1", against, unit="%"
+        )
         for name in TIMED
     }
     record.number(
         "the dearest step of a solver", max(shares.values()), "<= 1", against, unit="%", headline=True
     )
     for name in ("jump", "jump with history"):
-        shares[name] = record.number(name, 100 * times[name] / one, "<= 100", against, unit="%")
+        shares[name] = record.number(name, 100 * times[name] / evaluation, "<= 100", against, unit="%")
     shares["an evaluation of the bypass model, over that of its network"] = record.number(
         "an evaluation of the bypass model, beyond its network's",
-        100 * (times["model"] / one - 1),
+        100 * (times["model"] / evaluation - 1),
         against=against,
         unit="%",
     )
-    record.text(f"Batch {options.batch}; one evaluation of the network takes {one:.2f} s.\n")
+    record.text(f"Batch {options.batch}; one evaluation of the network takes {evaluation:.2f} s.\n")
     labels = {name: f"a step of {name}" for name in TIMED}
     record.table(
         ["what", "of one evaluation of the network"],

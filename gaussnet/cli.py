@@ -130,7 +130,9 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--select", choices=("heldout",), help="choose rank and shrinkage by held-out error")
     fit.add_argument("--mirror", action="store_true", help="count mirror images (x-flips), too")
-    fit.add_argument("--em-steps", type=int, default=0, help="of expectation maximisation (default: 0)")
+    fit.add_argument(
+        "--em-steps", type=int, default=0, help="of expectation maximisation from clusters (default: 0)"
+    )
     fit.add_argument("--seed", type=int, default=0, help="of the clustering (default: 0)")
     fit.add_argument(
         "--groups", type=Path, metavar="FILE.npy", help="an integer an image: variants of one image share it"
@@ -197,8 +199,9 @@ def _fitted(options: argparse.Namespace, images: ImageData, rank: int, world: in
     for name, default in fits.items() if options.delta else ():
         if getattr(options, name) != default:
             raise ValueError(f"--{name} is an option of fits: --delta keeps the data as they are")
-    if options.em_steps and not mixture:
-        raise ValueError("--em-steps is an option of mixtures: expected --components or --classes")
+    if options.em_steps and options.components is None:
+        got = ", got --classes, whose components would leave them" if options.classes else ""
+        raise ValueError(f"--em-steps is an option of clusters: expected --components{got}")
     if options.classes and images.labels is None:
         raise ValueError(f"--classes: {images.name} has no class labels")
     if world > 1 and not alone:
@@ -213,7 +216,7 @@ def _fitted(options: argparse.Namespace, images: ImageData, rank: int, world: in
             options.rank,
             options.shrinkage,
             options.solver,
-            groups,
+            None if groups is None else groups[rank::world],
             tail=options.tail,
             basis=options.basis,
             mirror=options.mirror,
@@ -280,9 +283,13 @@ def _samples(images: ImageData, stream: bool) -> Tensor | _Stream:
 
 def _groups(path: Path, count: int) -> Tensor:
     try:
-        return torch.as_tensor(np.array(MappedArray(path).array))
+        groups = torch.as_tensor(np.array(MappedArray(path).array))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--groups {path}: expected a .npy file of {count} integers ({error})") from error
+    if groups.shape != (count,) or groups.is_floating_point():  # before it is shared by processes
+        got = f"{groups.dtype} of shape {tuple(groups.shape)}"
+        raise ValueError(f"--groups {path}: expected {count} integers, one an image, got {got}")
+    return groups
 
 
 def _expect_free(folder: Path, overwrite: bool) -> None:

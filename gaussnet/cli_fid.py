@@ -70,6 +70,7 @@ def add_fid(parser: argparse.ArgumentParser) -> None:
 def run_fid(options: argparse.Namespace) -> None:
     """Measures, or makes statistics."""
     _check(options)
+    out: Path | None = options.out
     # Before the extractor, which may be a long download.
     ref = None if options.ref is None else FeatureStatistics.load(options.ref)
     images = _first(options.make_ref or options.images, options)
@@ -79,11 +80,16 @@ def run_fid(options: argparse.Namespace) -> None:
     with joined_processes() as processes:
         device = processes.device(options.device)
         extractor = load_extractor(options.features, options.weights).to(device)
+        if out is not None:  # what can be refused was, and no features are lost yet
+            out.parent.mkdir(parents=True, exist_ok=True)
         if options.make_ref is not None:
+            assert out is not None
             statistics = _statistics(extractor, images, options.batch, processes)
             if processes.first:
-                statistics.save(options.out)
-                print(f"{options.out}: {len(statistics.mean)} {options.features} features of {images}")
+                aside = out.with_name(f"{out.name}.partial.npz")
+                statistics.save(aside)
+                aside.replace(out)
+                print(f"{out}: {len(statistics.mean)} {options.features} features of {images}")
             return
         results = {"images": options.images, "count": len(images), "features": options.features}
         if data is None:
@@ -99,8 +105,10 @@ def run_fid(options: argparse.Namespace) -> None:
         if processes.first:
             results |= {"ref": None if ref is None else str(options.ref), "data": options.data, **found}
             print(_told(results))
-            if options.out is not None:
-                options.out.write_text(json.dumps(results, indent=2) + "\n")
+            if out is not None:
+                aside = out.with_name(f"{out.name}.partial")
+                aside.write_text(json.dumps(results, indent=2) + "\n")
+                aside.replace(out)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -115,6 +123,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--make-ref: expected --out STATS.npz, got {options.out}")
     elif not given:
         raise ValueError("expected --ref STATS.npz or --data DATA to compare with, got neither")
+    if options.out is not None and options.out.is_dir():
+        raise ValueError(f"expected --out to be a file, got the folder {options.out}")
     if options.split is not None and options.make_ref is None and options.data is None:
         raise ValueError(f"expected --split with --data or --make-ref, got {options.split}")
     for name in ("num", "batch"):

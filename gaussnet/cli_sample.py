@@ -4,7 +4,8 @@
     gaussnet sample MODEL --solver dpm_v3 --statistics FILE.safetensors --statistics-from DATA --out DIR
     accelerate launch --no_python gaussnet sample MODEL --seeds 0-49999 --out DIR
 
-Only what a folder lacks is drawn, so that the same command resumes; processes share the seeds.
+Only what a folder lacks is drawn, so that the same command resumes; processes share the seeds. `sample.json`
+tells what a folder's images were drawn with, all that decides an image of a seed: others are refused there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +27,20 @@ from gaussnet.data import open_images
 from gaussnet.denoisers import Denoiser, GaussianDenoiser, GuidedDenoiser
 from gaussnet.experiments.setting import fitting
 from gaussnet.hub import from_pretrained
+from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.processes import Processes
+from gaussnet.sample_settings import (
+    SETTINGS_NAME,
+    check_settings,
+    keep_settings,
+    measured_settings,
+    settings_of,
+)
 from gaussnet.samplers import SOLVERS, ModelStatistics, compute_ems, karras_sigmas, log_snr_sigmas
 from gaussnet.sampling import Jump, choose_jump, one_hot, parse_seeds, sample_seeds
 
 STATISTICS_SAMPLES, STATISTICS_LEVELS = 1024, 60
+JUMP_STATES = 16  # on which the level of a jump is measured
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -37,7 +49,8 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.description = (
         "Draws images. A seed gives the same image whatever the batch size or the number of processes. Seeds "
-        "whose files lie in the folder already are left out, so that the same command resumes."
+        "whose files lie in the folder already are left out, so that the same command resumes. Another model "
+        "or other settings than those of its sample.json are an error: they need another --out."
     )
     parser.add_argument("model", help="a folder that save_pretrained wrote, or a hub repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNG files, or a file NAME.npz")
@@ -52,7 +65,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         default="none",
         metavar="none|auto|SIGMA",
         help="jump to a level in closed form, then take all steps from there; auto: a level by the model's "
-        "gate, or measured on it (default %(default)s)",
+        "gate, or measured on it with --classes and --guidance (default %(default)s)",
     )
     parser.add_argument("--plain-skip", action="store_true", help="drop steps before the jump: no new grid")
     parser.add_argument("--gaussian", help="a saved Gaussian for teleport, if the model has none of its own")
@@ -90,17 +103,22 @@ def run_sample(options: argparse.Namespace) -> None:
         raise ValueError(f"expected --classes with --guidance {options.guidance:g}, got none")
     _check_statistics(options)
     device = processes.device(options.device)
-    model = from_pretrained(options.model).to(device).eval()
+    model = from_pretrained(options.model).eval()
     _check_images(model)
+    settings: dict[str, Any] = {}
+    if not single:
+        settings = settings_of(options, model)
+        check_settings(options.out, settings)  # before what takes long
+    model = model.to(device)
     sigmas = karras_sigmas(options.steps, options.sigma_min, options.sigma_max, options.rho)
+    classes = _classes(options, model, seeds)
     jump = _jump(options, model, sigmas, device)
-    classes = None
-    if options.classes is not None:
-        known = parse_seeds(options.classes)
-        classes = one_hot(model, [known[seed % len(known)] for seed in seeds])
     statistics = None
     if options.statistics is not None:
         statistics = _statistics(options, model, device)
+    if not single:
+        settings |= measured_settings(options, jump)
+        check_settings(options.out, settings)
     for path in (options.out, options.grid):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +127,13 @@ def run_sample(options: argparse.Namespace) -> None:
     if not single:
         options.out.mkdir(parents=True, exist_ok=True)
         missing = [i for i, seed in enumerate(left) if not _file(options.out, seed).is_file()]
+        if processes.first and len(missing) < len(left) and not (options.out / SETTINGS_NAME).exists():
+            what = f"images but no {SETTINGS_NAME}"
+            log.warning("%s has %s: they are taken to be of this model and these settings", options.out, what)
         left, places = [left[i] for i in missing], places[missing]
+    label_dim = getattr(model.model, "label_dim", 0) if isinstance(model, NetworkDenoiser) else 0
+    if processes.first and label_dim and classes is None:
+        log.warning("no class is told to this network of %d classes: --classes chooses them", label_dim)
     drawn: dict[int, np.ndarray] = {}
     bar = tqdm(total=len(left), unit="image", disable=None if processes.first else True)
     batches = sample_seeds(
@@ -124,7 +148,10 @@ def run_sample(options: argparse.Namespace) -> None:
         guidance=options.guidance,
         statistics=statistics,
     )
+    keeps = processes.first and not single
     for mine, images in batches:
+        if keeps:  # with an image, and not for settings that give none
+            keep_settings(options.out, settings)
         for seed, pixels in zip(mine, to_pixels(images), strict=True):
             if single:
                 drawn[seed] = pixels
@@ -132,6 +159,8 @@ def run_sample(options: argparse.Namespace) -> None:
                 _save(_file(options.out, seed), pixels)
         bar.update(len(mine))
     bar.close()
+    if keeps:
+        keep_settings(options.out, settings)
     if single:
         aside = options.out.with_name(options.out.name + ".partial.npz")
         np.savez(aside, images=np.stack([drawn[seed] for seed in seeds]), seeds=np.array(seeds))
@@ -169,6 +198,14 @@ def picture(tiles: list[np.ndarray], path: Path) -> None:
     Image.fromarray(np.concatenate(rows, axis=0)).save(path)
 
 
+def _classes(options: argparse.Namespace, model: Denoiser, seeds: Sequence[int]) -> Tensor | None:
+    """The label of each seed: the classes in turn, whatever other seeds there are."""
+    if options.classes is None:
+        return None
+    known = parse_seeds(options.classes)
+    return one_hot(model, [known[seed % len(known)] for seed in seeds])
+
+
 def _jump(options: argparse.Namespace, model: Denoiser, sigmas: Tensor, device: torch.device) -> Jump | None:
     if options.teleport == "none":
         for name in ("plain_skip", "gaussian"):
@@ -191,7 +228,10 @@ def _jump(options: argparse.Namespace, model: Denoiser, sigmas: Tensor, device: 
         if not 0 < level < float(sigmas[0]):
             highest = f"the first level, {float(sigmas[0]):g}"
             raise ValueError(f"expected a level of --teleport above 0 and below {highest}, got {level:g}")
-    jump = choose_jump(model, gaussian, level, sigmas)
+    # Not the seeds that are drawn: with others, the same folder would get images of another jump.
+    states = range(JUMP_STATES)
+    labels = _classes(options, model, states)
+    jump = choose_jump(model, gaussian, level, sigmas, states, class_labels=labels, guidance=options.guidance)
     if not jump.sigma_skip < float(sigmas[0]):
         log.warning("no jump: the Gaussian stands in for the model from sigma %.3g up only", jump.sigma_skip)
         return None

@@ -156,6 +156,7 @@ def measure_gate(
     source = torch.device("cpu") if generator is None else generator.device
     picked = torch.randperm(len(drawn), generator=generator, device=source)[:n_queries].to(device)
     clean = drawn[picked]
+    clean = clean.to(torch.promote_types(clean.dtype, torch.float32))  # half precision would round the noise
     noise = torch.randn(clean.shape, generator=generator, device=source).to(clean)
     if classes is not None:
         classes = classes.to(device)

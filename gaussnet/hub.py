@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -195,11 +195,14 @@ class Pretrained(
             OSError: if it cannot be written; the old one is intact then.
         """
         folder = Path(save_directory)
+        if arguments.get("push_to_hub"):
+            arguments["repo_id"] = _with_owner(arguments.get("repo_id") or folder.resolve().name, arguments)
+        if arguments.get("repo_id"):
+            _name_in_card(arguments["repo_id"], arguments)
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / ".partial"
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            arguments.setdefault("repo_id", folder.name)
             url = super().save_pretrained(aside, **arguments)
             seal(aside / "README.md")
             # First away with the old description: it never stands beside the new weights.
@@ -212,6 +215,12 @@ class Pretrained(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return url
+
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """As `ModelHubMixin.push_to_hub`; the card names the repository, which the mixin's does not."""
+        repo_id = _with_owner(repo_id, arguments)
+        _name_in_card(repo_id, arguments)
+        return super().push_to_hub(repo_id, **arguments)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {**describe(self), "gaussnet_version": __version__}
@@ -249,6 +258,18 @@ class Pretrained(
             raise ValueError(f"{model_id}: expected provenance to be an object, got {provenance!r:.100}")
         model.provenance = provenance
         return model.eval()
+
+
+def _with_owner(repo_id: str, arguments: Mapping[str, Any]) -> str:
+    """OWNER/NAME: of a name alone, the hub tells the owner when the repository is made."""
+    if "/" in repo_id:
+        return repo_id
+    private = {"private": arguments["private"]} if "private" in arguments else {}
+    return HfApi(token=arguments.get("token")).create_repo(repo_id=repo_id, exist_ok=True, **private).repo_id
+
+
+def _name_in_card(repo_id: str, arguments: dict[str, Any]) -> None:
+    arguments["model_card_kwargs"] = {"repo_id": repo_id, **(arguments.get("model_card_kwargs") or {})}
 
 
 class _Bounded(TorchFunctionMode):

@@ -97,7 +97,8 @@ class MeasuredError(LevelTable):
             n_queries = min(2048, max(256, _NUMBERS // denoiser.event_shape.numel()))
         clean, classes = subsample(heldout, n_queries, labels, generator)
         repeats = -(-n_queries // len(clean))
-        clean = clean.to(buffer.device).repeat(repeats, *(1,) * (clean.ndim - 1))
+        wide = torch.promote_types(clean.dtype, torch.float32)  # half precision would round the noise
+        clean = clean.to(buffer.device, wide).repeat(repeats, *(1,) * (clean.ndim - 1))
         own = None if classes is None else classes.to(buffer.device).repeat(repeats)
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)

@@ -64,6 +64,9 @@ def choose_jump(
     sigma_skip: float | None = None,
     sigmas: Tensor | None = None,
     seeds: Sequence[int] = range(16),
+    *,
+    class_labels: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Jump:
     """The jump for a model.
 
@@ -74,10 +77,14 @@ def choose_jump(
             lowest level of the grid above which model and Gaussian differ by at most 0.01 e(sigma)^2.
         sigmas: the grid of the sampler; default: EDM's 18 levels. No jump goes below the last one above 0.
         seeds: of the states on which that is measured.
+        class_labels: as will be sampled with, one a seed of these: with labels, a model is another one.
+        guidance: as will be sampled with.
 
     Raises:
-        ValueError: if there is no Gaussian, or it stands in for the model nowhere.
+        ValueError: if there is no Gaussian, it stands in for the model nowhere, labels do not fit the seeds,
+            or guidance has no labels.
     """
+    denoiser = _guided(model, guidance, class_labels, len(seeds))
     if gaussian is None:
         bypass = isinstance(model, BypassPrecond) and not isinstance(model, EDMPrecond)
         if not bypass or not isinstance(model.gaussian, GaussianDenoiser):
@@ -86,11 +93,14 @@ def choose_jump(
     grid = karras_sigmas(18) if sigmas is None else sigmas
     if sigma_skip is None and isinstance(model, BypassPrecond) and model.gate is not None:
         level = model.gate.closes(max(GATE_TOL, model.gate_tol))
-        if level < math.inf:
+        # Where the gate of a mixture is closed, the model is that mixture, not a Gaussian.
+        if level < math.inf and isinstance(model.gaussian, GaussianDenoiser):
             sigma_skip = max(level, float(grid[-2]))  # the last one from which a solver can go on
     if sigma_skip is None:
         x = float(grid[0]) * noise_of(seeds, tuple(model.event_shape)).to(gaussian.mean)
-        sigma_skip = find_sigma_skip(model, gaussian, x, grid, GATE_TOL**2).sigma_skip
+        labels = None if class_labels is None else class_labels.to(x.device)
+        found = find_sigma_skip(denoiser, gaussian, x, grid, GATE_TOL**2, class_labels=labels)
+        sigma_skip = found.sigma_skip
     return Jump(gaussian, sigma_skip)
 
 
@@ -137,17 +147,13 @@ def sample_seeds(
     """
     if solver not in SOLVERS:
         raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if class_labels is not None and len(class_labels) != len(seeds):
-        raise ValueError(f"expected {len(seeds)} class_labels, one a seed, got {len(class_labels)}")
-    if guidance != 1 and class_labels is None:
-        raise ValueError(f"expected class_labels for guidance={guidance}, got None")
+    denoiser = _guided(model, guidance, class_labels, len(seeds))
     method: Any = SOLVERS[solver]
     takes = set(inspect.signature(method).parameters)
     if statistics is not None and "statistics" not in takes:
         raise ValueError(f"expected statistics for dpm_v3 alone, got some for {solver}")
     fixed = {} if statistics is None else {"statistics": statistics}
     highest = math.inf if statistics is None else float(statistics.sigmas[-1])
-    denoiser = model if guidance == 1 else GuidedDenoiser(model, model, guidance)
     event_shape = tuple(model.event_shape)
     device = next((t.device for part in (model.parameters(), model.buffers()) for t in part), None)
     if "generator" in takes:
@@ -193,6 +199,15 @@ def one_hot(model: Denoiser, classes: Sequence[int]) -> Tensor:
         got = sorted(set(classes))
         raise ValueError(f"expected classes in [0, {label_dim}), those of the network, got {got}")
     return torch.nn.functional.one_hot(index, int(label_dim)).float()
+
+
+def _guided(model: Denoiser, guidance: float, class_labels: Tensor | None, seeds: int) -> Denoiser:
+    """What is sampled: the model, or with guidance the one between it and itself without labels."""
+    if class_labels is not None and len(class_labels) != seeds:
+        raise ValueError(f"expected {seeds} class_labels, one a seed, got {len(class_labels)}")
+    if guidance != 1 and class_labels is None:
+        raise ValueError(f"expected class_labels for guidance={guidance}, got None")
+    return model if guidance == 1 else GuidedDenoiser(model, model, guidance)
 
 
 def _generator(seed: int) -> torch.Generator:

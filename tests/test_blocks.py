@@ -60,6 +60,7 @@ def test_attention_is_softmax_attention(channels_per_head: int | None) -> None:
     assert attention.amax() > 0.9
     expected = torch.einsum("bhqk,bhck->bhcq", attention, v).reshape(x.shape)
     torch.testing.assert_close(out, expected)
+    assert block(x[:0], torch.randn(0, 8, dtype=torch.float64)).shape == (0, 16, 3, 4)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(4, 1), (64, 16), (128, 32), (384, 32)])

@@ -91,6 +91,17 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
     assert task_text("digits", curves()) == ""
 
 
+def test_the_goal_is_the_lowest_error_that_edm_had(tables: Path) -> None:
+    collect(Run("core", "edm", 0, 0.01, 400), {100: 1.0, 200: 0.5, 400: 0.8})  # ends above it
+    collect(Run("core", "marginal", 0, 0.01, 400), {100: 0.5, 200: 0.4, 400: 0.3})
+    collect(Run("core", "bypass", 0, 0.01, 400), {100: 1.0, 200: 0.7, 400: 0.6})
+    (tables / "cost.csv").write_text("task,arm,cost\n")
+    lines = [line.split(" | ") for line in task_text("core", curves()).splitlines()]
+    cells = {line[0]: line[2] for line in lines if len(line) == 7}
+    assert cells["| marginal"] == "0.500", "100 of the 200 steps that EDM took"
+    assert cells["| bypass"] == "not reached"
+
+
 def test_runs_at_other_rates_are_kept_and_not_compared(tables: Path) -> None:
     low, high = RATES[:2]
     for lr, short, full in ((low, 0.5, 0.2), (high, 0.4, 0.3), (1.0, 0.1, 0.1)):  # 1.0 is none of the three

@@ -113,7 +113,11 @@ def test_rank_by_share_groups_and_selection(
         (["digits", "--delta", "--mirror"], "--mirror is an option of fits: --delta keeps the data"),
         (["digits", "--delta", "--rank", "3"], "--rank is an option of fits"),
         (["digits", "--delta", "--groups", "missing.npy"], "--groups is an option of fits"),
-        (["digits", "--em-steps", "3"], "--em-steps is an option of mixtures"),
+        (["digits", "--em-steps", "3"], "--em-steps is an option of clusters: expected --components\n"),
+        (
+            ["digits", "--em-steps", "3", "--classes"],
+            "expected --components, got --classes, whose components",
+        ),
         (["digits", "--groups", "missing.npy"], "missing.npy"),
         (["digits", "--unscaled", "--scaling", "0", "1"], "either --scaling or --unscaled, got both"),
         (["digits", "--split", "test"], "split"),
@@ -221,11 +225,44 @@ def test_errors_of_runs(
     assert sorted(run.iterdir()) == before
 
 
-def test_two_processes_share_a_fit(tmp_path: Path) -> None:
+def test_groups_are_those_of_the_whole_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fit", "digits", "--groups", str(tmp_path / "groups.npy"), "--out", str(tmp_path / "out")]
+    for groups, got in (
+        (np.arange(900), r"int64 of shape (900,)"),
+        (np.zeros((1797, 2), int), r"int64 of shape (1797, 2)"),
+        (np.array(7), "int64 of shape ()"),
+        (np.zeros(1797), r"float64 of shape (1797,)"),
+    ):
+        np.save(tmp_path / "groups.npy", groups)
+        assert main(command) == 2
+        assert f"expected 1797 integers, one an image, got torch.{got}\n" in capsys.readouterr().err
+
+
+def test_groups_of_streamed_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "IN_MEMORY", 1000)
+    groups = torch.arange(1797) // 60
+    np.save(tmp_path / "groups.npy", groups.numpy())
+    command = ["fit", "digits", "--groups", str(tmp_path / "groups.npy"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0, capsys.readouterr().err
+    fitted, x = from_pretrained(tmp_path / "out"), digits()[0].float()
+    expected = GaussianDenoiser.fit(x, groups=groups)
+    assert relative_error(fitted(x[:8], 0.2), expected(x[:8], 0.2)) < 1e-6
+    assert main([*command, "--overwrite", "--rank", "5", "--solver", "krylov"]) == 2
+    assert 'solver="krylov" needs a tensor or array of all samples' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_two_processes_share_a_fit(tmp_path: Path, grouped: bool) -> None:
+    groups = torch.arange(1797) // 60 if grouped else None
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "gaussnet.cli", "fit", "digits", "--out", str(tmp_path / "two")]
+    if groups is not None:
+        np.save(tmp_path / "groups.npy", groups.numpy())
+        command += ["--groups", str(tmp_path / "groups.npy")]
     environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     running = [
         subprocess.Popen(
@@ -239,7 +276,9 @@ def test_two_processes_share_a_fit(tmp_path: Path) -> None:
     assert outputs[1][0] == b"", "only the first process prints"
     two = from_pretrained(tmp_path / "two")
     x = digits()[0].float()
-    assert relative_error(two(x[:8], 0.2), GaussianDenoiser.fit(x)(x[:8], 0.2)) < 1e-6
+    expected = GaussianDenoiser.fit(x, groups=groups)
+    assert relative_error(two(x[:8], 0.2), expected(x[:8], 0.2)) < 1e-6
+    assert (two(x[:8], 0.2) - GaussianDenoiser.fit(x)(x[:8], 0.2)).abs().max() > 1e-4 or not grouped
 
 
 @pytest.mark.parametrize("kind", [["--components", "3"], ["--classes"], ["--delta"]], ids=" ".join)

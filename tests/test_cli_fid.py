@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import multiprocessing
 
+from gaussnet import cli_fid
 from gaussnet.cli_fid import add_fid
 from gaussnet.metrics import (
     FeatureStatistics,
@@ -232,6 +234,86 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert INCEPTION_FILE in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"inception: no file .*w\.pth"):
         fid(folder / "seeds", "--ref", folder / "ref.npz", "--num", COUNT, "--weights", tmp_path / "w.pth")
+
+
+def calls(folder: Path) -> dict[str, list[Any]]:
+    """What writes --out, but for that option."""
+    return {
+        "r.json": [folder / "seeds", *options(folder, "--ref", folder / "ref.npz")],
+        "data.json": [folder / "seeds", *options(folder, "--data", folder / "data.npz")],
+        "ref.npz": ["--make-ref", folder / "data.npz", "--features", folder / "net"],
+    }
+
+
+NAMES = ("r.json", "data.json", "ref.npz")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_of_outputs_are_made_before_features(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, share, made = tmp_path / "new" / "deep" / name, cli_fid._share, []  # pyright: ignore[reportPrivateUsage]
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        made.append(out.parent.is_dir())
+        return share(*arguments)
+
+    monkeypatch.setattr(cli_fid, "_share", spy)
+    call = calls(folder)[name]
+    with pytest.raises(ValueError, match="expected 99999 images, got"):
+        fid(*call, "--out", out, "--num", 99_999)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        fid(*call, "--out", out, "--features", tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == [], "nothing is made for what cannot be measured"
+    fid(*call, "--out", out)
+    assert made
+    assert all(made)
+    assert [path.name for path in out.parent.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_out_that_cannot_be_written_is_refused_before_features(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_fid, "_share", None)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"expected --out to be a file, got the folder .*{name}$"):
+        fid(*calls(folder)[name], "--out", tmp_path / name)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        fid(*calls(folder)[name], "--out", tmp_path / "file" / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_old_output_stays_until_the_new_is_whole(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / name
+    out.write_text("old")
+
+    def full(where: Path, *_: Any) -> None:
+        where.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStatistics, "save", lambda _, path: full(Path(path)))
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="no space left"):
+            fid(*calls(folder)[name], "--out", out)
+    assert out.read_text() == "old"
+    fid(*calls(folder)[name], "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    whole = json.loads(out.read_text()) if out.suffix == ".json" else vars(FeatureStatistics.load(out))
+    assert whole["count"] == (COUNT if out.suffix == ".json" else 200)
+
+
+def test_samples_are_measured_without_their_settings(folder: Path, tmp_path: Path) -> None:
+    alone = results(folder, tmp_path, "seeds", "--ref", folder / "ref.npz")
+    shutil.copytree(folder / "seeds", tmp_path / "seeds")
+    (tmp_path / "seeds" / "sample.json").write_text("{}")
+    ref = ["--ref", folder / "ref.npz", "--features", folder / "net"]
+    assert results(tmp_path, tmp_path, "seeds", *ref)["fid"] == alone["fid"]
 
 
 def share(rank: int, folder: str, out: str, ports: list[int]) -> None:

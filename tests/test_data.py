@@ -528,6 +528,19 @@ def test_indices_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
+    "part",
+    [slice(0, 2), slice(None), slice(-3, None), slice(None, None, -2), slice(5, 99), slice(4, 2)],
+    ids=str,
+)
+def test_slices_are_batches(part: slice) -> None:
+    images, labels = ImageData(reference(), LABELS)[part]
+    index = torch.arange(7).numpy()[part].tolist()
+    assert images.equal(reference()[index])
+    assert labels.tolist() == [LABELS[i] for i in index]
+    assert ImageData(reference())[part][1].shape == (len(index), 0)
+
+
+@pytest.mark.parametrize(
     ("labels", "message"),
     [
         ([0, 1], r"7 integer labels, one an image, got int64 of shape \(2,\)"),

@@ -173,6 +173,8 @@ def test_emergence_level_by_hand() -> None:
     assert emergence_level(shares.T, levels, 1.0)[0].item() == pytest.approx(0.1)
     never = emergence_level(torch.tensor([0.0, 0.2, 0.3, 0.4]).double(), levels, 0.5)
     assert never.item() == pytest.approx(0.1), "at the last level at the latest"
+    falls = emergence_level(torch.tensor([0.5, 0.2]).double(), levels[:2], 0.75)
+    assert falls.item() == pytest.approx(10), "also if it falls"
     for share in (0.0, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"a share in \(0, 1\], got"):
             emergence_level(shares.T, levels, share)
@@ -423,6 +425,16 @@ def test_levels_are_those_of_the_network(name: str, tmp_path: Path) -> None:
     assert float(gaps.max()) < 1e-6, "levels that it was trained at"
     assert 0.5 * 48 < len(found) <= 48
     assert float(found[0]) == pytest.approx(float(table[(table - 80).abs().argmin()]), rel=1e-6)
+
+
+def test_a_level_of_the_grid_is_measured_once() -> None:
+    changed = {"steps": 5, "gain_sigmas": [10.0, 9.99, 1.23456789, 0.5]}
+    options = defaults(feature_emergence, **{**SMALL, **changed})
+    units = feature_emergence.units(setting(), options)
+    gains = [unit for unit in units if unit.startswith("gain")]
+    assert gains == ["gain sigma=9.99", "gain sigma=1.23456789", "gain sigma=0.5"]
+    rows = [row for unit in gains for row in feature_emergence.measure(setting(), options, unit)]
+    assert len({(row["feature"], row["sigma"], row["seed"]) for row in rows}) == len(rows)
 
 
 def test_a_seed_is_the_same_in_every_unit() -> None:

@@ -57,6 +57,8 @@ def test_plane(dtype: torch.dtype) -> None:
 def test_plane_refuses_another_number_of_images(count: int) -> None:
     with pytest.raises(ValueError, match="expected three images"):
         Plane.through(torch.randn(count, 1, 2, 2))
+    with pytest.raises(TypeError, match=r"images to be floating-point, got torch.uint8"):
+        Plane.through(torch.eye(3, 4).byte())
 
 
 @pytest.mark.parametrize("line", [(0.0, 1.0, 3.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
@@ -153,7 +155,7 @@ def test_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = setting()
     names = [
         "plane",
-        *(f"{name} sigma={sigma}" for name in ("model", "gaussian", "delta") for sigma in (2, 0.05)),
+        *(f"{name} sigma={sigma}" for name in ("model", "gaussian", "delta") for sigma in (2.0, 0.05)),
     ]
     assert score_field.units(one, options) == names
     reading = run("field", score_field, one, options, tmp_path)
@@ -214,7 +216,7 @@ def test_further_models(tmp_path: Path) -> None:
     one = setting()
     _, further, model = before = score_field.units(one, options)
     assert further.startswith(f"{path}@")
-    assert model == "model sigma=1", "checkpoints stand before the model"
+    assert model == "model sigma=1.0", "checkpoints stand before the model"
     rows = score_field.measure(one, options, further)
     assert {row["denoiser"] for row in rows} == {str(path)}
     plane = score_field.measure(one, options, "plane")

@@ -1,6 +1,7 @@
 """Modes and ranks: truncation against dense matrices, shares against their definition, summaries by hand."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ def test_minimal_ranks() -> None:
     assert next(row["mean"] for row in loose if (row["sigma"], row["modes"]) == (1, 2)) == 0.5
     with pytest.raises(ValueError, match="expected rows of full rank, got none for 4 modes at sigma = 1"):
         minimal_ranks([row for row in made_up_rows() if row["rank"] != FULL])
+    with pytest.raises(ValueError, match=r"expected shares that are numbers, got nan for \d+ modes at sigma"):
+        minimal_ranks([{**row, "mean": math.nan} for row in made_up_rows()])
 
 
 def test_equal_error() -> None:

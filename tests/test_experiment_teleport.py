@@ -235,6 +235,7 @@ def test_the_furthest_skip_within_3_percent(entries: list[Any], skip: int) -> No
     rows = table(entries)
     assert furthest(rows[::-1], "heun")["skip"] == skip
     assert furthest([rows[0], {**rows[1], "frechet": 9.0}], "heun")["skip"] == 0
+    assert furthest([rows[0], {**rows[1], "frechet": 9.0}, rows[2]], "heun")["skip"] == 0, "what comes after"
 
 
 def test_units() -> None:
@@ -359,5 +360,10 @@ def test_dpm_v3_takes_statistics_from_a_file(tmp_path: Path) -> None:
     known = [entry for entry in history if entry[0] <= 80]
     ours = dpm_v3(setting.model, moved, rest, statistics=statistics, history=known)
     assert [row["NFE"] for row in found] == [6, 4]
+    kept = [digits("isotropic", cache=tmp_path / "parts") for _ in range(2)]
+    few = {"solvers": ["dpm_v3"], "statistics": str(tmp_path / "s.safetensors"), "skips": []}
+    rows_of(kept[0], **few)
+    ModelStatistics(sigmas, 0.9 * one, 0 * one, 0 * one).save(tmp_path / "s.safetensors")
+    assert rows_of(kept[1], **few)[0]["rms"] == 0, "other statistics in the same file are other samples"
     rms = float((ours - whole).double().square().mean().sqrt())
     assert found[1]["rms"] == pytest.approx(rms, rel=1e-4)

@@ -219,6 +219,7 @@ def test_divergence() -> None:
     assert divergence(rows[::-1]) == (2, 7.0)
     assert divergence(rows, 0.1) == (4, 5.0)
     assert divergence(rows, 1.0) is None
+    assert divergence([*rows, {**rows[0], "step": 9, "sigma": 3.0, "mean": math.nan}], 1.0) == (9, 3.0)
 
 
 def test_paired_difference_against_scipy() -> None:

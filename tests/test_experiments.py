@@ -16,7 +16,17 @@ import torch
 
 from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, open_images
 from gaussnet.cli import main
-from gaussnet.experiments import EXPERIMENTS, Setting, defaults, run, running, score_deviation
+from gaussnet.experiments import (
+    EXPERIMENTS,
+    Setting,
+    defaults,
+    run,
+    running,
+    sample_similarity,
+    score_deviation,
+    score_field,
+    trajectory_deviation,
+)
 from gaussnet.experiments.running import SUFFIXES, Reading, Row, markdown
 from gaussnet.experiments.score_deviation import level_from
 from gaussnet.experiments.setting import fitting, load_model
@@ -275,6 +285,36 @@ def test_other_files_of_the_same_name_are_measured_anew(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("other")
     assert len(first) == 1
     assert running._files(options) != first
+    (tmp_path / "f").unlink()
+    for name in ("one", "other"):  # folders of models, too
+        GaussianDenoiser.isotropic(torch.zeros(len(name)), 1.0).save_pretrained(tmp_path / "f")
+        assert running._files(options) not in ([], first), name
+        first = running._files(options)
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [score_deviation, score_field, trajectory_deviation, sample_similarity],
+    ids=lambda m: m.__name__,
+)
+def test_references_are_checked_before_anything_is_measured(experiment: Any) -> None:
+    unlabelled = setting()
+    assert unlabelled.data is not None
+    unlabelled.data.labels = None
+    with pytest.raises(ValueError, match=r"expected an analytic denoiser among .*, got 'mixtur-10'"):
+        experiment.units(setting(), defaults(experiment, references=["gaussian", "mixtur-10"]))
+    with pytest.raises(ValueError, match="classes: expected images with class labels, digits has none"):
+        experiment.units(unlabelled, defaults(experiment, references=["classes"]))
+    assert experiment.units(setting(), defaults(experiment, references=["classes", "mixture-3r2"]))
+
+
+def test_close_levels_are_measured_each() -> None:
+    options = defaults(score_deviation, sigmas=[1.2345678, 1.2345679], queries=2)
+    units = score_deviation.units(setting(), options)
+    levels = [score_deviation.measure(setting(), options, unit)[0]["sigma"] for unit in units]
+    assert levels == [1.2345678, 1.2345679]
+    fields = score_field.units(setting(), defaults(score_field, sigmas=[1.2345678, 1.2345679], references=[]))
+    assert len(fields) == 3
 
 
 @pytest.mark.parametrize(

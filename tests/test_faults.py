@@ -740,7 +740,8 @@ def test_sampling_killed_again_and_again_has_whole_images_alone(model: Path, tmp
         for path in out.glob("*.png"):
             assert path.read_bytes() == (whole / path.name).read_bytes(), path.name
     assert kills >= 3
-    assert {path.name for path in out.glob("*.png")} == {path.name for path in whole.iterdir()}
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (out / "sample.json").read_bytes() == (whole / "sample.json").read_bytes()
 
 
 # Whole runs ----------------------------------------------------------------------------------------

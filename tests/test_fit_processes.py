@@ -99,8 +99,7 @@ def every(rank: int, world: int) -> dict[str, Any]:
     for shift in SHIFTS:
         for kind in KINDS:
             for name in CASES:
-                if not ("groups" in CASES[name][2] and "batches" in kind):
-                    found[name + shift + kind] = call(name, rank, world, SHIFTS[shift], KINDS[kind])
+                found[name + shift + kind] = call(name, rank, world, SHIFTS[shift], KINDS[kind])
     return found
 
 

@@ -1,6 +1,7 @@
 """Runs that go on from another one's checkpoint, with other values."""
 
 import csv
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import gaussnet
 import train.__main__
+import train.callbacks
 import train.loop
 from train.config import Config, ConfigError
 from train.configfile import load_config
@@ -141,3 +143,54 @@ def test_what_the_images_or_timm_do_not_allow_is_told_before_the_fit(
     monkeypatch.setattr(train.loop, "fit_analytic", lambda *_: pytest.fail("fitted"))
     with pytest.raises(ConfigError, match=message):
         train.loop.run(small(tmp_path / "run", override))
+
+
+def test_the_best_model_does_not_go_along_if_it_is_later_than_the_checkpoint(
+    whole: Path, tmp_path: Path
+) -> None:
+    assert RunFolder(whole).best_saved()[0] == 4
+    for step, goes in ((3, False), (4, True), (5, True)):
+        early = tmp_path / f"early-{step}"
+        shutil.copytree(whole, early)
+        (early / "checkpoints" / "step-000000004").rename(early / "checkpoints" / f"step-{step:09d}")
+        train.__main__.fork(small(early, "train.steps=6"), str(tmp_path / f"fork-{step}"))
+        assert RunFolder(tmp_path / f"fork-{step}").best.is_dir() == goes, step
+
+
+def test_a_fork_has_the_weight_decay_that_is_asked_for(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+    make = train.loop.make_optimizer
+    monkeypatch.setattr(train.loop, "make_optimizer", lambda *given: made.append(make(*given)) or made[-1])
+    decayed = tmp_path / "decayed"
+    train.loop.run(small(decayed, "train.weight_decay=0.1"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    forked(decayed, tmp_path / "fork", "train.weight_decay=0.5")
+    assert sorted({group["weight_decay"] for group in made[-1].param_groups}) == [0, 0.5]
+    for start, override in (
+        (whole, "train.weight_decay=0.1"),
+        (decayed, "train.weight_decay=0"),
+        (whole, "train.optimizer=adamw"),
+    ):
+        message = (
+            rf"the state of the optimizer goes on, which does not allow {override.partition('=')[0]}: .*"
+        )
+        with pytest.raises(ConfigError, match=message):
+            train.__main__.fork(small(start, override), str(tmp_path / "other"))
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("errors", [[math.nan, 0.5, 0.7], [0.9, math.nan, 0.6], [0.4, 0.6, 0.5]])
+def test_the_best_model_is_that_of_the_least_error_that_is_a_number(
+    errors: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter([error for now in errors for error in (1.0, now)])  # trained weights, then their average
+    monkeypatch.setattr(train.callbacks, "error_sums", lambda *_: torch.full((1, 1), next(given)))
+    out = tmp_path / "run"
+    train.loop.run(small(out, "train.steps=8", "heldout.sigmas=[1.0]", "ema.halflife_kimg=[0.1]"))
+    step, error = RunFolder(out).best_saved()
+    least = min(error for error in errors if error == error)
+    assert step == 4 * errors.index(least)
+    assert error == gaussnet.from_pretrained(out / "best").provenance["held out"]["relative error"]
+    assert gaussnet.from_pretrained(out).provenance["training"]["steps"] == 8

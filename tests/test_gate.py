@@ -212,6 +212,17 @@ def test_arrays_streams_and_integers_are_one() -> None:
     torch.testing.assert_close(stream, expected, rtol=0.1, atol=0)  # it draws other queries
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_does_not_round_the_noise(dtype: torch.dtype) -> None:
+    data = train_digits()[:300].to(dtype)
+    gaussian = GaussianDenoiser.fit(data)
+    values = [
+        measure_gate(gaussian, x, [0.02, 0.3, 2.0], 200, torch.Generator().manual_seed(0))
+        for x in (data, data.float())
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 def test_a_share_of_many_data_stands_for_them() -> None:
     data = train_digits()
     some = _fitted(data, max_data=500)

@@ -5,12 +5,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 import torch
 from cases import DENOISERS, DTYPES, EVENT, denoiser, gaussian, noised, relative_error, tiny_unet
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,6 +76,47 @@ def test_the_card_tells_what_it_is_and_the_numbers_of_its_run(tmp_path: Path) ->
     assert "| sigma_gate | " in card.text
     parameters = sum(p.numel() for p in model.parameters())
     assert f"| parameters | {parameters:,} |" in card.text
+
+
+@pytest.mark.parametrize("given", ["someone/digits", "digits"])
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained", "of its folder"])
+def test_the_card_names_its_repository(
+    given: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name alone gets its owner from the hub."""
+    made: list[tuple[str, Any]] = []
+    pushed: list[str] = []
+
+    def create_repo(_: HfApi, *, repo_id: str, private: bool | None = None, **__: Any) -> Any:
+        made.append((repo_id, private))
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"someone/{repo_id}")
+
+    def upload_folder(_: HfApi, *, repo_id: str, folder_path: Path, **__: Any) -> str:
+        pushed.append(repo_id)
+        pushed.append((folder_path / "README.md").read_text())
+        return "url"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    model, folder, line = denoiser("isotropic"), tmp_path / "digits", 'from_pretrained("someone/digits")'
+    if way == "push_to_hub":
+        assert model.push_to_hub(given, private=True) == "url"
+    else:
+        repository = {"repo_id": given} if way == "save_pretrained" else {}
+        assert model.save_pretrained(folder, push_to_hub=True, private=True, **repository) == "url"
+        assert line in (folder / "README.md").read_text()
+    assert pushed[0] == "someone/digits"
+    assert line in pushed[1]
+    assert {private for _, private in made} == {True}, "it is private from the first"
+    own = {"model_card_kwargs": {"repo_id": "other/name"}}
+    model.push_to_hub(given, **own)
+    assert 'from_pretrained("other/name")' in pushed[-1]
+    assert own == {"model_card_kwargs": {"repo_id": "other/name"}}
+
+
+def test_the_card_of_a_folder_names_no_repository(tmp_path: Path) -> None:
+    denoiser("isotropic").save_pretrained(tmp_path)
+    assert 'from_pretrained("path or id of this repository")' in (tmp_path / "README.md").read_text()
 
 
 @every

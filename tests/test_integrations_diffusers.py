@@ -362,6 +362,22 @@ def test_labels_interpolate_the_table() -> None:
     assert told.label[2].item() == 999, "of Euler, v_prediction alone has continuous labels"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_networks_in_half_precision_are_told_the_whole_timestep(dtype: torch.dtype) -> None:
+    unet, scheduler = tiny_unet().to(dtype), scheduler_of("ddim", 1000)
+    told: list[Tensor] = []
+    unet.time_proj.register_forward_pre_hook(lambda _, arguments: told.append(arguments[0]))
+    times = torch.tensor([301, 513, 998])  # bfloat16 would make them 302, 512 and 1000
+    sigma = scheduler_levels(scheduler)[1].flip(0)[times]
+    x = randn(3, *EVENT, dtype=torch.float32)
+    for model in (DiffusersDenoiser(unet, scheduler), DiffusersDenoiser(unet, scheduler.alphas_cumprod)):
+        model(x, sigma)
+        torch.testing.assert_close(told[-1].double(), times.double(), rtol=0, atol=1e-3)
+    DiffusersDenoiser(unet, 0.5)(x, sigma)
+    torch.testing.assert_close(told[-1], (sigma.log() / 4).float())
+
+
 @torch.no_grad()
 def test_learned_variances_and_classes() -> None:
     scheduler, x = scheduler_of("ddim"), randn(3, *EVENT, dtype=torch.float32)

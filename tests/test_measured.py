@@ -97,6 +97,13 @@ def test_it_is_saved_with_what_it_was_measured_against() -> None:
     assert MeasuredError.from_arguments({"shape": [31, 3]}).other == ""  # written by an older version
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_does_not_round_the_noise(dtype: torch.dtype) -> None:
+    gaussian = GaussianDenoiser.fit(train_digits(torch.float32))
+    heldout = held_out_digits().to(dtype)
+    assert fitted(gaussian, heldout).values.equal(fitted(gaussian, heldout.float()).values)
+
+
 def test_reproducible_with_a_generator() -> None:
     gaussian = GaussianDenoiser.fit(train_digits())
     assert fitted(gaussian, held_out_digits()).values.equal(fitted(gaussian, held_out_digits()).values)

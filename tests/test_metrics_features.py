@@ -1,5 +1,6 @@
 """Extractors: each kind, what each says where something is missing; and the classifier of digits."""
 
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,10 @@ def test_pixels_are_those_of_edm() -> None:
     assert to_uint8(x).tolist() == expected.tolist() == [0, 0, 0, 127, 128, 191, 254, 255, 255]
     with pytest.raises(TypeError, match=r"floating images in \[-1, 1\], got torch.uint8"):
         to_uint8(levels.byte())
+    assert to_uint8(torch.tensor([-math.inf, math.inf])).tolist() == [0, 255]
+    for function in (to_uint8, features.rounded):
+        with pytest.raises(ValueError, match="expected images without NaN, got NaN"):
+            function(torch.tensor([0.0, math.nan]))
 
 
 # Extraction ---------------------------------------------------------------------------------------

@@ -41,6 +41,14 @@ def test_equal_sets_cover_each_other() -> None:
     assert precision_recall(x, x[torch.randperm(300)]) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_copies_of_what_occurs_twice_lie_in_its_balls(k: int) -> None:
+    once = randn(150, 64).abs()
+    real = once.repeat(k + 1, 1)  # balls of radius 0
+    assert precision_recall(real, once[:97].repeat(2, 1), k=k).precision == 1
+    assert precision_recall(real, once[:97] + 1e-4, k=k).precision == 0
+
+
 def test_disjoint_sets_do_not() -> None:
     x = randn(100, DIM)
     assert precision_recall(x, x + 100) == (0.0, 0.0)

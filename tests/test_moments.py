@@ -220,6 +220,21 @@ def test_groups_share_a_fold(folds: int, kind: str) -> None:
         check(fold, data[expected == k], f"fold {k}")
 
 
+@pytest.mark.parametrize("size", [1, 7, COUNT])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_groups_of_a_stream_are_those_of_its_samples(size: int, mirror: bool) -> None:
+    data, groups = samples(), torch.arange(COUNT) * 7 % 11
+    expected = fit_moments(data, 3, groups, mirror=mirror)
+    batches = data.split(size)
+    loader = DataLoader(TensorDataset(data, groups), batch_size=size)
+    for name, stream in {"list": list(batches), "generator": (b for b in batches), "loader": loader}.items():
+        found = fit_moments(stream, 3, groups, mirror=mirror)
+        assert [fold.count for fold in found] == [fold.count for fold in expected], name
+        for fold, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(fold.mean, other.mean, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(fold.scatter, other.scatter, rtol=1e-10, atol=1e-8)
+
+
 def test_folds_without_a_group_are_left_out() -> None:
     groups = torch.tensor([5] * 20 + [9] * 33)
     found = fit_moments(samples(), 4, groups)
@@ -365,7 +380,15 @@ DATA_SET = cast("Any", TensorDataset(IMAGES))
             TypeError,
             "samples of a TensorDataset: use a DataLoader",
         ),
-        (lambda: fit_moments([IMAGES], 2, LABELS), TypeError, "groups need a tensor or array.*got list"),
+        (lambda: fit_moments([IMAGES], 2, LABELS[:4]), ValueError, "samples as groups, 4, got at least 6$"),
+        (lambda: fit_moments([IMAGES], 2, torch.arange(9)), ValueError, "samples as groups, 9, got 6$"),
+        (lambda: fit_moments([IMAGES], 2, LABELS[:, None]), ValueError, r"6 integers.*shape \(6, 1\)"),
+        (lambda: fit_moments([IMAGES], 2, LABELS[0]), ValueError, r"1 integers.*shape \(\)"),
+        (
+            lambda: fit_moments(DataLoader(DATA_SET, 2, shuffle=True), 2, LABELS),
+            ValueError,
+            "samples in the order of their groups, got a DataLoader that shuffles",
+        ),
         (lambda: fit_moments(IMAGES, 2, LABELS[:4]), ValueError, r"groups to be 6 integers.*shape \(4,\)"),
         (lambda: fit_moments(IMAGES, 2, LABELS.float()), ValueError, "6 integers.*torch.float32"),
         (lambda: fit_moments(IMAGES, all_processes=True), RuntimeError, "initialised torch.distributed"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -323,6 +324,23 @@ def test_wrong_inputs(name: str, index: int, value: Tensor, message: str) -> Non
     args[index] = value
     with pytest.raises(ValueError, match=message):
         net(*args)
+
+
+@networks
+@pytest.mark.parametrize("classes", [[0, -1, 3], [0, 4, 4]])
+def test_classes_that_there_are_not(name: str, classes: list[int]) -> None:
+    net = tiny(name, **LABELS)
+    x, noise_labels = inputs(net)[:2]
+    got = re.escape(str(sorted(set(classes))))
+    with pytest.raises(ValueError, match=rf"class_labels: got classes {got}, expected them from 0 to 3"):
+        net(x, noise_labels, torch.tensor(classes))
+
+
+@networks
+def test_no_images_give_no_images(name: str) -> None:
+    net = tiny(name)
+    x, noise_labels = inputs(net)[:2]
+    assert net(x[:0], noise_labels[:0]).shape == net(x, noise_labels)[:0].shape
 
 
 @networks

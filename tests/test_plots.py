@@ -127,6 +127,17 @@ def test_zeros_and_missing_curves_have_no_place(tmp_path: Path, drawn: list[Figu
     assert counts == [2 * 6 - 1, 2 * 7 - 1], "curves and dots, but no dot at 0"
 
 
+def test_a_probe_that_is_nan_leaves_a_gap(tmp_path: Path, drawn: list[Figure]) -> None:
+    lost = [row | {"mean": "nan"} for row in probe_rows((1.0,)) if row["step"] == "100"]
+    rows = [row for row in probe_rows((1.0,)) if row["step"] != "100"] + lost
+    rows += [row | {"reference": "gone", "mean": "nan"} for row in lost if row["reference"] == "delta"]
+    plots.learning_dynamics(rows, tmp_path / "probes.png")
+    lines = drawn[0].axes[0].get_lines()
+    assert len(lines) == 2 * len(REFERENCES) + 1, "a curve and a dot each, but of nothing but gaps a curve"
+    (one,) = (line for line in lines if line.get_label() == "gaussian")
+    assert np.isfinite(one.get_ydata()).tolist() == [True, True, False]
+
+
 def test_no_rows_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="quantity='score', weights='best', queries='noised', got none"):
         plots.learning_dynamics(probe_rows(), tmp_path / "probes.png", weights="best")
@@ -156,6 +167,8 @@ def test_a_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Fig
     plots.loss_curve(rows, tmp_path / "loss.png")
     (line,) = drawn[0].axes[0].get_lines()
     assert np.isfinite(line.get_ydata()).tolist() == [True, False, True]
+    plots.loss_curve([{**row, "images_per_second": None} for row in rows[:1]] + rows[1:], tmp_path / "l.png")
+    assert drawn[1].axes[1].get_ylim() == pytest.approx((0, 220)), "nor does a speed that is not known hurt"
 
 
 def test_no_loss_to_draw(tmp_path: Path) -> None:
@@ -171,6 +184,8 @@ def test_image_rows(channels: int, tmp_path: Path) -> None:
     assert_picture(path)
     with pytest.raises(ValueError, match="at least one row of images"):
         plots.image_rows({}, path)
+    with pytest.raises(ValueError, match="in each an image"):
+        plots.image_rows({"a": images, "b": images[:0]}, path)
 
 
 def test_scores_of_another_quantity() -> None:

@@ -141,7 +141,10 @@ def complete(path: Path) -> Path:
     (path / "metrics.jsonl").write_text("".join(metrics_row(s, 1 / s) for s in (100, 200, 300, 400)))
     table(path / "probes.csv", probe_rows())
     table(path / "heldout.csv", heldout_rows())
-    table(path / "frechet.csv", [{"step": s, "fid": 300 / (s + 1), "kid": 0.5} for s in (0, 400)])
+    table(
+        path / "frechet.csv",
+        [{"step": s, "fid": 300 / (s + 1), "kid": 0.5, "samples": 64, "NFE": 35} for s in (0, 400)],
+    )
     table(path / "errors.csv", [{"sigma": s, "gaussian": 0.0123456 * s, "model": 0.01 * s} for s in SIGMAS])
     table(path / "skips.csv", [{"skipped": 0, "sigma_skip": 80.0, "NFE": 35, "RMS": 0.031337}])
     for step in (0, 400):
@@ -274,7 +277,7 @@ def test_curves(drawn: list[Figure], tmp_path: Path, fast: None) -> None:
     ):
         for line, ys in zip(axis.get_lines(), values, strict=False):
             assert np.asarray(line.get_xydata()) == pytest.approx(np.array([[0.5, 200, 400], ys]).T)
-    assert [axis.get_ylabel() for axis in frechet.axes] == ["fid", "kid"]
+    assert [axis.get_ylabel() for axis in frechet.axes] == ["fid", "kid"], "samples and NFE are none"
     (line,) = frechet.axes[0].get_lines()
     assert np.asarray(line.get_xydata()) == pytest.approx(np.array([[0.5, 300], [400, 300 / 401]]))
     without = [part for part in text.splitlines() if "<td>" not in part or "written" not in part]
@@ -338,6 +341,29 @@ def test_one_missing_part_is_left_out(name: str, section: str, tmp_path: Path, f
     folder = complete(tmp_path / "r")
     (folder / name).unlink()
     assert Page(page.page(Run(folder))).sections == [part for part in SECTIONS if part != section]
+
+
+def test_distances_that_are_nan_are_gaps(tmp_path: Path, drawn: list[Figure]) -> None:
+    folder = complete(tmp_path / "r")
+    rows = [{"step": s, "fid": fid, "kid": 0.5} for s, fid in ((0, 300.0), (200, "nan"), (400, "nan"))]
+    table(folder / "frechet.csv", rows)
+    page.page(Run(folder))
+    assert [axis.get_ylabel() for axis in drawn[-1].axes] == ["fid", "kid"]
+    assert [np.size(axis.get_lines()[0].get_xdata()) for axis in drawn[-1].axes] == [1, 3]
+
+
+def test_a_noise_level_that_equals_an_error_is_not_bold(tmp_path: Path, fast: None) -> None:
+    folder = complete(tmp_path / "r")
+    table(folder / "errors.csv", [{"sigma": 0.25, "model": 0.25, "gaussian": 0.5}])
+    source = page.page(Run(folder))
+    assert '<tr><td>0.25</td><td class="least">0.25</td><td>0.5</td></tr>' in source
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp foo", '!!int ""'])
+def test_a_config_whose_values_are_none(value: str, tmp_path: Path) -> None:
+    folder = begun(tmp_path / "r")
+    (folder / "config.yaml").write_text(f"precond: {value}\n")
+    assert Run(folder).config == {}
 
 
 def test_half_a_last_line(tmp_path: Path, fast: None) -> None:

@@ -1,5 +1,7 @@
 """Samples by seeds: the same image in any batch and process; and the command that writes them."""
 
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,18 +16,22 @@ from PIL import Image
 
 from gaussnet import (
     BypassPrecond,
+    Denoiser,
     EDMPrecond,
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    MeasuredError,
     cli_sample,
     count_nfe,
+    from_pretrained,
     heun,
     karras_sigmas,
     open_images,
     teleport,
 )
 from gaussnet.cli import main
+from gaussnet.numerics import as_level
 from gaussnet.samplers import ModelStatistics, compute_ems, dpm_v3, edm_stochastic, log_snr_sigmas
 from gaussnet.sampling import Jump, choose_jump, noise_of, one_hot, parse_seeds, sample_seeds
 
@@ -161,6 +167,67 @@ def test_a_gate_that_stays_open_leaves_the_jump_to_the_model() -> None:
         choose_jump(net, GaussianDenoiser.isotropic(torch.ones(EVENT), 4.0), sigmas=GRID)
 
 
+class Apart(Denoiser):
+    """A Gaussian denoiser that labels move by a_k e(s) / s, the share (a_k / s)^2 of e(s)^2."""
+
+    def __init__(self, gaussian: GaussianDenoiser, *amounts: float) -> None:
+        super().__init__()
+        self.gaussian, self.amounts = gaussian, torch.tensor(amounts)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.gaussian.event_shape
+
+    def forward(self, x: torch.Tensor, sigma: Any, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        level = float(as_level(sigma).flatten()[0])
+        moved = 0.0 if class_labels is None else self.amounts[class_labels].reshape(-1, 1, 1, 1)
+        return self.gaussian(x, sigma) + moved * float(self.gaussian.bayes_error(level)) ** 0.5 / level
+
+
+@pytest.mark.parametrize(
+    ("labels", "guidance", "lowest"),
+    [
+        (None, 1.0, 0.0),
+        ([0], 1.0, 1.0),
+        ([1], 1.0, 4.0),
+        ([0], 3.0, 3.0),
+        ([1], 0.5, 2.0),
+        ([0, 1], 1.0, (0.5 * (1 + 16)) ** 0.5),
+        ([0, 1], 2.0, 2 * (0.5 * (1 + 16)) ** 0.5),
+    ],
+    ids=str,
+)
+def test_the_jump_is_measured_on_what_is_sampled(labels: Any, guidance: float, lowest: float) -> None:
+    gaussian, grid = denoiser("gaussian-full", torch.float32), karras_sigmas(40)
+    told = None if labels is None else torch.tensor(labels * (16 // len(labels)))
+    net = Apart(gaussian, 0.1, 0.4)  # the Gaussian stands in for it from 10 a_k w up
+    jump = choose_jump(net, gaussian, sigmas=grid, class_labels=told, guidance=guidance)
+    assert jump.sigma_skip == float(grid[:-1][grid[:-1] > lowest].min())
+    assert jump.gaussian is gaussian
+
+
+def test_labels_of_the_jump_are_one_a_state() -> None:
+    gaussian = denoiser("gaussian-full", torch.float32)
+    net = Apart(gaussian, 0.1)
+    with pytest.raises(ValueError, match="expected 16 class_labels, one a seed, got 2"):
+        choose_jump(net, gaussian, class_labels=torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=r"expected class_labels for guidance=2.0, got None"):
+        choose_jump(net, gaussian, guidance=2.0)
+    few = choose_jump(net, gaussian, seeds=[5, 7], class_labels=torch.tensor([0, 0]), sigmas=GRID)
+    assert few.sigma_skip == float(GRID[:-1][GRID[:-1] > 1].min())
+
+
+def test_the_gate_of_a_mixture_says_nothing_of_a_gaussian() -> None:
+    images, labels = train_digits(), torch.arange(len(train_digits())) % 2
+    images = images + 0.5 * (2 * labels - 1)[:, None, None, None]
+    mixture = GaussianMixtureDenoiser.fit(images, labels=labels, rank=10)
+    error = MeasuredError.fit(mixture, images[:100], labels=labels[:100])
+    unet = tiny_unet(False, in_channels=2, label_dim=2)
+    net = BypassPrecond(unet, mixture, GATE, error=error).eval()
+    with pytest.raises(ValueError, match="stands in for this model nowhere"):
+        choose_jump(net, GaussianDenoiser.fit(images), class_labels=torch.eye(2)[torch.arange(16) % 2])
+
+
 def test_classes_and_guidance() -> None:
     net = EDMPrecond(tiny_unet(label_dim=4)).eval()
     labels = one_hot(net, [0, 1, 2])
@@ -208,8 +275,9 @@ def arguments(saved: Path, out: Path, *others: str) -> list[str]:
 def test_it_writes_what_is_missing(saved: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "images"
     assert main(arguments(saved, out, "--grid", str(tmp_path / "grid.png"), "--batch", "4")) == 0
-    files = sorted(out.iterdir())
+    files = sorted(out.glob("*.png"))
     assert [path.name for path in files] == [f"{seed:06d}.png" for seed in range(6)]
+    assert sorted(out.iterdir()) == [*files, out / "sample.json"]
     pictures = [np.array(Image.open(path)) for path in files]
     assert all(picture.shape == (8, 8) for picture in pictures)
     assert Image.open(tmp_path / "grid.png").size == (48, 8)
@@ -270,8 +338,9 @@ def test_two_processes_share_the_seeds(saved: Path, tmp_path: Path, monkeypatch:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert main(arguments(saved, out)) == 0
-        assert len(list(out.iterdir())) == 3 * (rank + 1)
-    for path in whole.iterdir():
+        assert len(list(out.glob("*.png"))) == 3 * (rank + 1)
+    assert (out / "sample.json").read_bytes() == (whole / "sample.json").read_bytes()
+    for path in whole.glob("*.png"):
         assert np.abs(np.array(Image.open(path), int) - np.array(Image.open(out / path.name))).max() <= 1
     assert main(arguments(saved, tmp_path / "all.npz")) == 2
 
@@ -395,9 +464,14 @@ def test_from_a_shell(saved: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "images").glob("*.png"))) == 6
 
 
-def test_a_gaussian_from_a_folder_is_jumped_along(saved: Path, tmp_path: Path, capsys: Any) -> None:
+def other_gaussian(folder: Path) -> GaussianDenoiser:
     gaussian = GaussianDenoiser.isotropic(torch.full(EVENT, 0.3), 0.25)
-    gaussian.save_pretrained(tmp_path / "gaussian")
+    gaussian.save_pretrained(folder)
+    return gaussian
+
+
+def test_a_gaussian_from_a_folder_is_jumped_along(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    gaussian = other_gaussian(tmp_path / "gaussian")
     options = ["--teleport", "2.5", "--gaussian", str(tmp_path / "gaussian")]
     assert main(arguments(saved, tmp_path / "a.npz", *options)) == 0
     assert main(arguments(saved, tmp_path / "own.npz", *options[:2])) == 0
@@ -428,3 +502,261 @@ def test_what_is_no_image_is_not_sampled(shape: tuple[int, ...], tmp_path: Path,
     assert main(arguments(tmp_path / "model", tmp_path / "out")) == 2
     assert f"expected a model of images of 1 or 3 channels, got one of {shape}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_measures_the_jump_with_the_classes(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def spy(*arguments: Any, **others: Any) -> Jump:
+        seen.append((arguments[4], others))
+        return choose_jump(*arguments, **others)
+
+    monkeypatch.setattr(cli_sample, "choose_jump", spy)
+    command = arguments(
+        saved, tmp_path / "out", "--teleport", "auto", "--classes", "1,3,0", "--guidance", "2"
+    )
+    for seeds in ("10-12", "7"):  # of which the jump does not depend
+        assert main([*command, "--seeds", seeds]) == 0
+        (states, others) = seen.pop()
+        assert list(states) == list(range(16))
+        assert others["class_labels"].argmax(1).tolist() == ([1, 3, 0] * 6)[:16]
+        assert others["guidance"] == 2
+    assert main(arguments(saved, tmp_path / "plain", "--teleport", "auto")) == 0
+    assert seen.pop()[1] == {"class_labels": None, "guidance": 1.0}
+
+
+def test_no_jump_along_a_gaussian_of_all_classes_to_one_of_them(tmp_path: Path, capsys: Any) -> None:
+    data = open_images("digits")
+    GaussianMixtureDenoiser.fit(data.tensor(), labels=data.labels, rank=12).save_pretrained(tmp_path / "m")
+    GaussianDenoiser.fit(data.tensor()).save_pretrained(tmp_path / "g")
+    options = ["--teleport", "auto", "--gaussian", str(tmp_path / "g")]
+    assert main(arguments(tmp_path / "m", tmp_path / "all.npz", *options)) == 0
+    assert "after a jump to sigma" in capsys.readouterr().out
+    assert main(arguments(tmp_path / "m", tmp_path / "one.npz", *options, "--classes", "1")) == 2
+    assert "the Gaussian stands in for this model nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "one.npz").exists()
+
+
+# A folder's settings ------------------------------------------------------------------------------
+
+
+JUMP = ["--teleport", "2.5"]
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_tells_what_decides_its_images(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(saved, out, *JUMP, "--classes", "0,2-3", "--guidance", "2", "--plain-skip")) == 0
+    told = json.loads((out / "sample.json").read_text())
+    assert len(told.pop("model")) == len(told.pop("gaussian")) == 16
+    assert told == {
+        "solver": "heun",
+        "steps": 4,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+        "guidance": 2.0,
+        "classes": [0, 2, 3],
+        "jump": 2.5,
+        "plain_skip": True,
+        "statistics": None,
+    }
+    assert main(arguments(saved, tmp_path / "all.npz")) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "model", "out"], (
+        "npz are no folders"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--solver", "euler"], 'got solver "euler", not "heun": use another --out'),
+        (["--steps", "5"], "got steps 5, not 4: use"),
+        (["--sigma-min", "0.01"], "got sigma_min 0.01, not 0.002: use"),
+        (["--sigma-max", "70"], "got sigma_max 70.0, not 80.0: use"),
+        (["--rho", "6"], "got rho 6.0, not 7.0: use"),
+        (["--guidance", "3"], "got guidance 3.0, not 2.0: use"),
+        (["--classes", "1,0"], "got classes [1, 0], not [0, 1]: use"),
+        (["--teleport", "2.6"], "got jump 2.6, not 2.5: use"),
+        (["--teleport", "none"], "got jump null, not 2.5; gaussian null, not "),
+        (["--plain-skip"], "got plain_skip true, not false: use"),
+        (["--gaussian", "OTHER"], "got gaussian "),
+        (["--steps", "5", "--solver", "euler"], 'got solver "euler", not "heun"; steps 5, not 4: use'),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_settings_are_refused(
+    changes: list[str], message: str, rank: int, saved: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    command = arguments(saved, out, *JUMP, "--classes", "0-1", "--guidance", "2", "--seeds", "0-1")
+    assert main(command) == 0
+    before = held(out)
+    other_gaussian(tmp_path / "other")
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changed = [str(tmp_path / "other") if word == "OTHER" else word for word in changes]
+    assert main([*command, *changed, "--seeds", "0-9"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"gaussnet sample: expected the settings of {out / 'sample.json'}, got ")
+    assert message in error
+    assert error.endswith("use another --out, or those settings")
+    assert held(out) == before, "nothing is drawn"
+
+
+def test_what_does_not_decide_an_image_goes_on(saved: Path, tmp_path: Path, caplog: Any) -> None:
+    out = tmp_path / "out"
+    command = arguments(saved, out, "--classes", "0-1")
+    assert main([*command, "--seeds", "0"]) == 0
+    before = (out / "sample.json").read_bytes()
+    same = from_pretrained(saved)
+    same.provenance = {"data": "told later"}
+    same.save_pretrained(tmp_path / "copy")
+    command[1] = str(tmp_path / "copy")
+    others = ["--seeds", "1-3", "--batch", "1", "--device", "cpu", "--classes", "0,1"]
+    assert main([*command, *others, "--grid", str(tmp_path / "grid.png")]) == 0
+    assert len(list(out.glob("*.png"))) == 4
+    assert (out / "sample.json").read_bytes() == before
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("changed", ["numbers", "arguments"])
+def test_another_model_of_the_same_name_is_refused(
+    changed: str, saved: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(saved, out)) == 0
+    before = held(out)
+    other = model(label_dim=4)
+    if changed == "numbers":
+        with torch.no_grad():
+            next(other.model.parameters()).view(-1)[-1].add_(1e-3)
+    else:
+        other.gate_tol = 0.02
+    other.save_pretrained(saved)
+    capsys.readouterr()
+    assert main(arguments(saved, out, "--seeds", "0-9")) == 2
+    assert f"{out / 'sample.json'}, got model " in capsys.readouterr().err
+    assert held(out) == before
+
+
+def test_other_statistics_are_refused(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    statistics().save(tmp_path / "s.safetensors")
+    options = ["--solver", "dpm_v3", "--statistics", str(tmp_path / "s.safetensors")]
+    assert main(arguments(saved, tmp_path / "out", *options)) == 0
+    assert main(arguments(saved, tmp_path / "out", *options, "--seeds", "7")) == 0
+    statistics(81.0).save(tmp_path / "s.safetensors")
+    assert main(arguments(saved, tmp_path / "out", *options, "--seeds", "8")) == 2
+    assert "got statistics " in capsys.readouterr().err
+    assert not (tmp_path / "out" / "000008.png").exists()
+
+
+@pytest.mark.usefixtures("few")
+def test_no_statistics_are_computed_for_what_is_refused(
+    smooth: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    assert main(arguments(smooth, tmp_path / "out")) == 0
+    monkeypatch.setattr(cli_sample, "compute_ems", None)
+    file = tmp_path / "s.safetensors"
+    options = ["--solver", "dpm_v3", "--statistics", str(file), "--statistics-from", "digits"]
+    assert main(arguments(smooth, tmp_path / "out", *options)) == 2
+    assert not file.exists()
+
+
+def test_the_rounding_of_a_device_is_no_other_jump(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    command = arguments(saved, out, "--teleport", "auto")
+    assert main(command) == 0
+    file = out / "sample.json"
+    told = json.loads(file.read_text())
+    for factor, status in ((1 + 1e-7, 0), (1 - 1e-7, 0), (1.001, 2)):
+        file.write_text(json.dumps({**told, "jump": told["jump"] * factor}))
+        assert main(command) == status, factor
+    del told["jump"]
+    file.write_text(json.dumps(told))
+    assert main(command) == 0, "what a version did not tell is not known to differ"
+    assert json.loads(file.read_text()) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "to be JSON: "), ("[" * 100_000, "to be JSON: "), ("[1]", ": expected an object, got a list")],
+    ids=["cut", "deep", "list"],
+)
+def test_another_sample_json_is_left_alone(
+    text: str, message: str, saved: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample.json").write_text(text)
+    assert main(arguments(saved, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "use another --out" in error
+    assert held(tmp_path / "out") == {"sample.json": text.encode()}
+
+
+def test_a_folder_without_settings_goes_on(saved: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    out, classes = tmp_path / "out", ["--classes", "0-3"]
+    assert main(arguments(saved, out, *classes)) == 0
+    before = held(out)
+    (out / "sample.json").unlink()
+    (out / "000002.png").unlink()
+    assert not caplog.records
+    assert main(arguments(saved, out, *classes)) == 0
+    assert held(out) == before
+    (record,) = caplog.records
+    told = f"{out} has images but no sample.json: they are taken to be of this model and these settings"
+    assert record.getMessage() == told
+    (out / "sample.json").unlink()
+    assert main(arguments(saved, out, *classes)) == 0
+    assert "0 images of 6 seeds" in capsys.readouterr().out
+    assert held(out) == before, "also where no image is missing"
+
+
+def test_the_first_process_alone_tells(saved: Path, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("1", False), ("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments(saved, tmp_path / "out")) == 0
+        assert (tmp_path / "out" / "sample.json").exists() == told
+        assert ("no class is told" in caplog.text) == told
+    assert "sample.json" not in caplog.text, "the other's images are no older ones"
+
+
+def test_settings_that_give_no_image_are_not_kept(tmp_path: Path, capsys: Any) -> None:
+    wild = GaussianDenoiser.isotropic(torch.zeros(EVENT), 1.0)
+    wild.mean.fill_(float("inf"))
+    wild.save_pretrained(tmp_path / "wild")
+    assert main(arguments(tmp_path / "wild", tmp_path / "out")) == 2
+    assert "expected finite images" in capsys.readouterr().err
+    assert held(tmp_path / "out") == {}
+
+
+def test_a_folder_of_samples_is_data(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(saved, out)) == 0
+    data = open_images(out)
+    pictures = [np.array(Image.open(out / f"{seed:06d}.png")) for seed in range(6)]
+    assert np.array_equal(data.raw(range(6)).squeeze().numpy(), np.stack(pictures))
+    assert data.labels is None
+
+
+def test_a_network_of_classes_that_is_told_none(saved: Path, tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert main(arguments(saved, tmp_path / "told.npz", "--classes", "0-3")) == 0
+        model().save_pretrained(tmp_path / "plain")
+        assert main(arguments(tmp_path / "plain", tmp_path / "plain.npz")) == 0
+        other_gaussian(tmp_path / "g")
+        assert main(arguments(tmp_path / "g", tmp_path / "g.npz")) == 0
+        assert not caplog.records
+        assert main(arguments(saved, tmp_path / "none.npz")) == 0
+    (record,) = caplog.records
+    told = "no class is told to this network of 4 classes: --classes chooses them"
+    assert (record.levelname, record.getMessage()) == ("WARNING", told)

@@ -71,6 +71,13 @@ def test_gram_needs_an_array() -> None:
         fit_covariance(randn(9, 3), solver="lanczos")
 
 
+def test_groups_of_a_stream_are_those_of_the_array() -> None:
+    data, groups = randn(60, 8), torch.arange(60) // 4
+    whole, streamed = (fit_covariance(x, groups=groups).covariance for x in (data, iter(data.split(7))))
+    torch.testing.assert_close(streamed.dense(), whole.dense(), rtol=0, atol=1e-12)
+    assert not torch.allclose(whole.dense(), fit_covariance(data).covariance.dense(), atol=1e-3)
+
+
 @pytest.mark.parametrize("solver", ["dense", "gram"])
 def test_groups_are_left_out_together(solver: str) -> None:
     """Each image thrice, with tiny differences: only whole groups tell how little the axes are worth."""
@@ -96,8 +103,11 @@ def test_misfitting_groups_are_errors() -> None:
         fit_covariance(data, groups=torch.arange(5))
     with pytest.raises(ValueError, match="float32"):
         fit_covariance(randn(3, 12), groups=torch.zeros(3))
-    with pytest.raises(TypeError, match="groups need a tensor or array of samples, got list_iterator"):
-        fit_covariance(iter([data]), groups=torch.arange(12))
+    with pytest.raises(ValueError, match="as many samples as groups, 5, got at least 12"):
+        fit_covariance(iter([data]), groups=torch.arange(5))
+    for solver in ("gram", "krylov"):
+        with pytest.raises(TypeError, match=f'solver="{solver}" needs a tensor or array of all samples'):
+            fit_covariance(iter([data]), 2, solver=solver, groups=torch.arange(12))
 
 
 def test_a_single_group_cannot_be_left_out(caplog: pytest.LogCaptureFixture) -> None:

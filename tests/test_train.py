@@ -1,7 +1,9 @@
 """The training application end to end, at a tiny size."""
 
 import csv
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 
 import gaussnet
 import train.__main__
+import train.frechet
 import train.loop
 from gaussnet.metrics import SmallClassifier
 from gaussnet.summary import summarise
@@ -517,6 +520,26 @@ def test_a_signal_finishes_the_step_and_saves(
     train.loop.run(tiny(tmp_path))
     for name, tensor in weights(complete).items():
         assert torch.equal(weights(tmp_path)[name], tensor), name
+
+
+@pytest.mark.usefixtures("brief")
+def test_samples_with_nan_have_no_frechet_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    SmallClassifier().save_pretrained(tmp_path / "features")
+    options = [f"frechet.extractor={tmp_path}/features", "frechet.every=2", "frechet.samples=6"]
+    options += ["frechet.batch=4", "frechet.steps=4", "train.steps=4", "probe.times=1", "fit.components=[]"]
+    solve, calls = train.frechet.heun, itertools.count()
+
+    def broken(*arguments: Any, **named: Any) -> torch.Tensor:
+        images = solve(*arguments, **named)
+        return images.index_fill(0, torch.tensor([1]), math.nan) if next(calls) == 1 else images
+
+    monkeypatch.setattr(train.frechet, "heun", broken)
+    train.loop.run(tiny(tmp_path / "run", *options))
+    found = [float(row["frechet"]) for row in read_csv(tmp_path / "run" / "frechet.csv")]
+    assert [math.isnan(distance) for distance in found] == [True, False]
+    assert "step 2: samples of the model have NaN, and no Frechet distance" in caplog.text
 
 
 @pytest.mark.slow

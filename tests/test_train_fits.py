@@ -1,5 +1,6 @@
 """What a run fits to its data: mirrored, by class, in folds, on any number of processes."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
+import train.data
 import train.models
 from gaussnet import Gate, GaussianMixtureDenoiser
 from gaussnet.gate import SIGMAS, measure_gate
-from train.callbacks import error_sums
+from train.callbacks import Run, error_sums
 from train.config import Config, ConfigError
 from train.configfile import load_config
 from train.data import generator_for, load_data
@@ -77,6 +79,27 @@ def test_mixtures_are_fitted_to_mirror_images_where_training_mirrors(options: li
             torch.testing.assert_close(mixture.means, mixture.means.flip(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_groups_of_more_images_than_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "groups.npy", np.arange(1797) // 30)
+    config = configured(f"data.groups={tmp_path}/groups.npy")
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+    whole = fit_analytic(config, data, accelerator).gaussian
+    apart = fit_analytic(config, replace(data, groups=None), accelerator).gaussian
+    monkeypatch.setattr(train.data, "IN_MEMORY", 1000)
+    streamed = fit_analytic(config, data, accelerator).gaussian
+    torch.testing.assert_close(streamed.covariance.eigvals, whole.covariance.eigvals)
+    assert not torch.allclose(apart.covariance.eigvals, whole.covariance.eigvals, rtol=1e-3)
+
+
+def test_options_that_streams_do_not_allow_are_errors_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train.data, "IN_MEMORY", 1000)
+    config = configured("fit.shrinkage=ledoit-wolf")
+    with pytest.raises(ConfigError, match='fit: shrinkage="ledoit-wolf" needs an array of samples'):
+        fit_analytic(config, load_data(config.data), Accelerator(cpu=True))
+
+
 def test_places_count_the_equals_before() -> None:
     assert places_in_class(torch.tensor([3, 1, 3, 3, 0, 1])).tolist() == [0, 0, 1, 2, 0, 1]
 
@@ -114,3 +137,20 @@ def test_a_process_without_held_out_images_adds_nothing() -> None:
     clean = torch.zeros(0, 1, 4, 4)
     sums = error_sums(lambda *_: pytest.fail("evaluated"), clean, clean, [0.1, 1.0], None, torch.eye(16))
     assert sums.equal(torch.zeros(2, 17, dtype=torch.float64))
+
+
+def test_only_classes_that_occur_are_sampled(tmp_path: Path) -> None:
+    source = labelled(tmp_path, [0] * 30 + [2] * 30 + [5] * 30)
+    config = configured(source, "data.heldout=12", "data.labels=true")
+    run = Run(config, cast(Any, None), Accelerator(cpu=True), load_data(config.data), *[cast(Any, None)] * 3)
+    _, labels = run.initial(7, "samples")
+    assert labels is not None
+    assert labels.shape == (7, 6)
+    assert labels.argmax(1).tolist() == [0, 2, 5, 0, 2, 5, 0]
+    plain = configured(source, "data.heldout=12")
+    assert (
+        Run(plain, cast(Any, None), run.accelerator, load_data(plain.data), *[cast(Any, None)] * 3).initial(
+            7, "samples"
+        )[1]
+        is None
+    )

@@ -23,7 +23,7 @@ from train.config import Config
 from train.data import Data, generator_for
 from train.models import Analytic
 from train.rundir import RunFolder
-from train.writing import append_csv, read_csv
+from train.writing import append_csv
 
 log = logging.getLogger("train")
 
@@ -74,7 +74,8 @@ class Run:
         """
         world, device = self.accelerator.num_processes, self.accelerator.device
         count = -(-count // world) * world
-        labels = torch.arange(count)[self.share(count)] % max(self.data.n_classes, 1)
+        classes = self.data.classes
+        labels = classes[torch.arange(count)[self.share(count)] % len(classes)]
         return self.noise(count, *key), self.data.one_hot(labels.to(device))
 
 
@@ -164,14 +165,14 @@ class Heldout:
             ]
         if not run.accelerator.is_main_process:
             return
-        before = best_error(read_csv(run.folder.heldout))
         append_csv(run.folder.heldout, rows)
         if modes:
             append_csv(run.folder.modes, modes)
-        now = best_error([{key: str(value) for key, value in row.items()} for row in rows])
+        mine = [row["relative"] for row in rows if row["weights"] == "ema"]
+        now = sum(mine) / len(mine)
         run.accelerator.log({"heldout_error": now}, step=step)
-        if now < before:
-            run.folder.save_model(run.average, run.folder.best)
+        if now < run.folder.best_saved()[1]:  # NaN is not
+            run.folder.save_best(run.average, step, now)
 
     def by_band(self, errors: Tensor) -> list[dict[str, Any]]:
         """Rows of the mean squared error along the axes of each band; `errors` are sums (levels, axes)."""
@@ -197,15 +198,6 @@ def mode_bands(gaussian: GaussianDenoiser, count: int) -> list[Tensor]:
     order = gaussian.covariance.eigvals.argsort(descending=True).cpu()
     ends = sorted({min(2**k - 1, len(order)) for k in range(count)} | {len(order)})
     return [order[start:end] for start, end in pairwise(ends)]
-
-
-def best_error(rows: Sequence[dict[str, str]]) -> float:
-    """The lowest mean relative error of the averaged weights over all steps of heldout.csv; inf of none."""
-    by_step: dict[str, list[float]] = {}
-    for row in rows:
-        if row["weights"] == "ema":
-            by_step.setdefault(row["step"], []).append(float(row["relative"]))
-    return min((sum(values) / len(values) for values in by_step.values()), default=float("inf"))
 
 
 def denoising_errors(

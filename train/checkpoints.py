@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -22,18 +23,22 @@ from train.data import Data
 MANIFEST = "manifest.json"
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model: nn.Module) -> None:
-    """Takes the state of a checkpoint; of one that was forked, all but what is fitted to the data.
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Takes the state of a checkpoint; of one that was forked, all but fits and weight decay.
 
     Args:
         accelerator: which holds what is loaded.
         checkpoint: its folder.
         model: the bypass model, with what has been fitted in this run.
+        optimizer: with the weight decay of this run; the learning rate is set at every step.
 
     Raises:
         ConfigError: if it is not that of such a run, or, without a manifest, damaged.
     """
     other = forked(checkpoint)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     hook = model.register_load_state_dict_pre_hook(keep_fit) if other else None
     try:
         accelerator.load_state(str(checkpoint))
@@ -46,6 +51,25 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model: nn.Module
     finally:
         if hook is not None:
             hook.remove()
+    if other:
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+
+def check_optimizer(changed: Iterable[str]) -> None:
+    """Refuses a fork whose optimizer has other parts than the one whose state goes on.
+
+    Args:
+        changed: lines of `differences`.
+
+    Raises:
+        ConfigError: with the line of what cannot change.
+    """
+    for line in changed:
+        key, _, values = line.partition(": ")
+        decayed = [value not in ("0", "0.0") for value in values.split(" -> ")]
+        if key == "train.optimizer" or (key == "train.weight_decay" and decayed[0] != decayed[1]):
+            raise ConfigError(f"--fork: the state of the optimizer goes on, which does not allow {line}")
 
 
 def keep_fit(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,15 @@ class Data:
         """(C, H, W)."""
         channels, height, width = self.train.event_shape
         return channels, height, width
+
+    @cached_property
+    def classes(self) -> Tensor:
+        """The classes of the images to train on, in order; one, 0, without labels."""
+        return (
+            self.train.labels.unique()
+            if self.n_classes and self.train.labels is not None
+            else torch.zeros(1).long()
+        )
 
     def one_hot(self, labels: Tensor) -> Tensor | None:
         """Rows (B, n_classes), float32, for a class-conditional model; else None."""

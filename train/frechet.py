@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +16,8 @@ from train.callbacks import Run
 from train.config import ConfigError
 from train.data import fit_source, generator_for
 from train.writing import append_csv
+
+log = logging.getLogger("train")
 
 
 class Frechet:
@@ -46,7 +50,11 @@ class Frechet:
     def __call__(self, step: int) -> None:
         if not self.due(step) or self.reference is None:
             return
+        self.nan = torch.zeros((), device=self.run.accelerator.device)
         distance = self._statistics(self._samples()).distance(self.reference)
+        if self.run.total(self.nan) > 0:
+            log.warning(f"step {step}: samples of the model have NaN, and no Frechet distance")
+            distance = math.nan
         if self.run.accelerator.is_main_process:
             row = {"step": step, "frechet": distance, "samples": self.options.samples, "NFE": self.nfe}
             append_csv(self.run.folder.frechet, [row])
@@ -69,9 +77,10 @@ class Frechet:
                 )
                 for seed in seeds
             ]
-            labels = run.data.one_hot((seeds % max(run.data.n_classes, 1)).to(device))
+            labels = run.data.one_hot(run.data.classes[seeds % len(run.data.classes)].to(device))
             start = float(sigmas[0]) * torch.stack(draws).to(device)
             with count_nfe(run.average) as nfe:
                 images = heun(run.average, start, sigmas, class_labels=labels)
             self.nfe = nfe()
-            yield rounded(images)
+            self.nan += images.isnan().any()
+            yield rounded(images.nan_to_num(0.0))

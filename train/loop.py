@@ -123,7 +123,7 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
     first = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     if checkpoint is not None:
         check_data(checkpoint, facts)
-        load_checkpoint(accelerator, checkpoint, model)
+        load_checkpoint(accelerator, checkpoint, model, optimizer)
         log.info(f"resuming {folder.path} at step {first} of {config.train.steps}")
     if is_main:
         folder.start(config)

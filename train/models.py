@@ -105,7 +105,7 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
             for k in fit.components
             if k == 1 or len(images) >= 20 * k
         }
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"fit: {error}") from error
     isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
     marginal = MarginalDenoiser(gaussian, Marginals.fit(images, mirror=config.data.xflip).to(device))

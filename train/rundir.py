@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gaussnet import Denoiser
-from train.checkpoints import MANIFEST, damage, sha256
+from gaussnet.hub import CONFIG_NAME
+from train.checkpoints import MANIFEST, check_optimizer, damage, sha256
 from train.config import Config, ConfigError
 from train.configfile import differences, to_yaml
 from train.writing import naming, sync, write_atomically
 
 log = logging.getLogger("train")
+_HELD_OUT = "held out"  # the part of a best model's provenance
 
 
 class RunFolder:
@@ -182,13 +185,16 @@ class RunFolder:
         With other images, fits or held-out measurements, tables and best model stay behind.
 
         Raises:
-            ConfigError: if there is nothing to go on from, or something in the other folder.
+            ConfigError: if there is nothing to go on from, something in the other folder, or another
+                optimizer asked for.
         """
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
             raise ConfigError(f"--fork: expected a checkpoint in {self.checkpoints}, got none")
         if other.path.exists():
             raise ConfigError(f"--fork: expected a new folder, got {other.path}, which exists")
+        changed = differences(self.config.read_text(), config) if self.config.is_file() else []
+        check_optimizer(changed)
         aside = other.path.with_name(other.path.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         copy = aside / "checkpoints" / checkpoint.name
@@ -197,13 +203,13 @@ class RunFolder:
             manifest = json.loads((copy / MANIFEST).read_text())
             write_atomically(copy / MANIFEST, json.dumps({**manifest, "data": {}}, indent=2))
         same = self.config.is_file() and not any(
-            line.startswith(("data.", "fit.", "heldout.queries", "heldout.sigmas"))
-            for line in differences(self.config.read_text(), config)
+            line.startswith(("data.", "fit.", "heldout.queries", "heldout.sigmas")) for line in changed
         )
         for table in (self.metrics, *(self.tables if same else ())):  # errors on other images do not go on
             if table.is_file():
                 shutil.copy(table, aside / table.name)
-        if same and self.best.is_dir():
+        # One that is later than the checkpoint is not of what goes on.
+        if same and self.best.is_dir() and self.best_saved()[0] <= _step_of(checkpoint):
             shutil.copytree(self.best, aside / self.best.name)
         write_atomically(aside / self.config.name, to_yaml(config))
         aside.rename(other.path)
@@ -216,7 +222,7 @@ class RunFolder:
         for partial in self.checkpoints.glob("*.partial"):
             shutil.rmtree(partial)
         for checkpoint in self._checkpoints():
-            if int(checkpoint.name.removeprefix("step-")) > step:
+            if _step_of(checkpoint) > step:
                 damaged = checkpoint.with_name(f"{checkpoint.name}.damaged")
                 shutil.rmtree(damaged, ignore_errors=True)
                 checkpoint.rename(damaged)
@@ -238,6 +244,20 @@ class RunFolder:
         with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def save_best(self, model: Denoiser, step: int, error: float) -> None:
+        """Saves the model of the least held-out error so far, which tells its step and error."""
+        model.provenance = {_HELD_OUT: {"step": step, "relative error": error}}
+        self.save_model(model, self.best)
+        model.provenance = {}
+
+    def best_saved(self) -> tuple[int, float]:
+        """Step and error of the model that `save_best` saved; 0 and inf where there is none that tells."""
+        try:
+            told = json.loads((self.best / CONFIG_NAME).read_text())["provenance"][_HELD_OUT]
+            return int(told["step"]), float(told["relative error"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, math.inf
+
     def save_model(self, model: Denoiser, folder: Path) -> None:
         """Saves a model to a folder inside the run's, which is the old or the new one, whole."""
         aside = folder.with_name(folder.name + ".partial")
@@ -253,6 +273,10 @@ class RunFolder:
             folder.rename(old)
         aside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _step_of_metrics(line: str) -> float:

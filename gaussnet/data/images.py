@@ -47,9 +47,9 @@ class Found(NamedTuple):
 class ImageData(Dataset[tuple[Tensor, Tensor]]):
     """A data set of N images of one shape.
 
-    `data[i]` is image i as stored and its label (of shape (0,) where there are no labels), `data[indices]` a
-    batch of them, so that a DataLoader takes single indices or, with `batch_size=None`, a sampler of whole
-    batches. What it loads goes through `to_float` on its device.
+    `data[i]` is image i as stored and its label (of shape (0,) where there are no labels), `data[indices]` or
+    `data[start:stop:step]` a batch of them, so that a DataLoader takes single indices or, with
+    `batch_size=None`, a sampler of whole batches. What it loads goes through `to_float` on its device.
 
     Args:
         images: (N, C, H, W), a tensor or what reads one from a tensor of indices.
@@ -103,7 +103,9 @@ class ImageData(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int | Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(index, slice):
+            index = range(len(self))[index]
         one = np.ndim(index) == 0
         indices = _as_index(cast("Sequence[int]", [index] if one else index), len(self))
         images = self.raw(indices)

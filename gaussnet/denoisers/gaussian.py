@@ -121,8 +121,8 @@ class GaussianDenoiser(Denoiser):
                 "oas" and "remap" are others, see `gaussnet.fit.shrinkage`.
             solver: "dense" costs D^3, "gram" N^3 and needs an array, "krylov" finds `rank` axes of a large
                 array; default: the cheapest.
-            groups: integers (N,): cross-validation keeps the samples of a group, such as variants of one
-                image, together.
+            groups: integers (N,), in the order of the data: cross-validation keeps the samples of a group,
+                such as variants of one image, together.
             tail: variance along the axes that are left out: their "mean", or "zero".
             basis: "eigen", or "cosine" for images too large for eigenvectors.
             mirror: fit to mirror images (x-flips), too.
@@ -133,8 +133,8 @@ class GaussianDenoiser(Denoiser):
 
         Raises:
             TypeError: if something that needs an array gets an iterable.
-            ValueError: for fewer than two samples, non-finite or constant data, an unknown option, or a rank
-                out of range.
+            ValueError: for fewer than two samples, non-finite or constant data, an unknown option, a rank out
+                of range, or groups that are not one a sample.
         """
         options: dict[str, Any] = {
             "rank": rank,

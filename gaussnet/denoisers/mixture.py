@@ -148,13 +148,15 @@ class GaussianMixtureDenoiser(Denoiser):
             tail: variance along the axes that are left out: their "mean", or "zero".
             mirror: fit to mirror images (x-flips), too.
             select: "heldout" chooses rank and shrinkage of each component.
-            em_steps: steps of expectation maximisation. With shrinkage="none" its components are the result;
-                otherwise each is fitted again to the samples that it is most responsible for.
+            em_steps: steps of expectation maximisation from the clusters; classes take none. With
+                shrinkage="none" its components are the result; otherwise each is fitted again to the samples
+                that it is most responsible for.
 
         Raises:
             TypeError: if groups, select or em_steps come with a stream of classes.
             ValueError: if not exactly one of `n_components` and classes is given, they do not fit the
-                data, a class has fewer than two samples, or a rank by share comes with select or em_steps.
+                data, a class has fewer than two samples, em_steps come with labels, or a rank by share with
+                select or em_steps.
         """
         options: dict[str, Any] = {
             "n_components": n_components,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -77,10 +78,14 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         )
     if not options.perturbation > 0:
         raise ValueError(f"expected perturbation > 0, got {options.perturbation}")
+    grid = _grid(setting, options)
+    distinct = {
+        _place(grid, level): level for level in levels
+    }  # of those that are one level of the grid, one
     return [
         "psi",
         *(f"trajectory seeds={seeds}" for seeds in ranges(options.seeds, SEEDS_A_UNIT)),
-        *(f"gain sigma={level:g}" for level in levels),
+        *(f"gain sigma={level}" for level in distinct.values()),
     ]
 
 
@@ -187,7 +192,7 @@ def _gains(
     setting: Setting, options: argparse.Namespace, grid: Tensor, features: Features, sigma: float
 ) -> Iterator[Row]:
     seeds = range(options.gain_seeds)
-    place = int((grid[:-1].log() - torch.tensor(sigma).double().log()).abs().argmin())
+    place = _place(grid, sigma)
     states = _path(setting, grid, seeds).x[place].float()
     gains, across = perturbation_gains(
         setting.model, states, grid[place:], features, options.perturbation, batch_size=setting.batch
@@ -216,6 +221,11 @@ def _grid(setting: Setting, options: argparse.Namespace) -> Tensor:
         return karras_sigmas(options.steps, options.sigma_min, options.sigma_max)
     low, high = max(options.sigma_min, model.sigma_min), min(options.sigma_max, model.sigma_max)
     return rounded_sigmas(model, karras_sigmas(options.steps, low, high))
+
+
+def _place(grid: Tensor, sigma: float) -> int:
+    """Where the grid's level nearest to sigma is."""
+    return int((grid[:-1].log() - math.log(sigma)).abs().argmin())
 
 
 def _path(setting: Setting, grid: Tensor, seeds: range) -> Trajectory:

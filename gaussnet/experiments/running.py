@@ -211,9 +211,9 @@ def _kept(
 
 
 def _files(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What tells the files among the options from others of the same names."""
+    """What tells the files, and folders of models, among the options from others of the same names."""
     named = [str(value) for _, value in sorted(vars(options).items()) if isinstance(value, (str, Path))]
-    return [fingerprint(name) for name in named if Path(name).is_file()]
+    return [found for found in map(fingerprint, named) if found["files"]]
 
 
 def _hash(*parts: Any) -> str:

@@ -51,6 +51,7 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
             "expected samples >= 2, steps >= 2 and examples >= 0, "
             f"got {options.samples}, {options.steps} and {options.examples}"
         )
+    setting.check_references(options.references)
     for name in options.metrics:
         load_distance(name)  # fails now rather than after hours of sampling
     return [f"samples={seeds}" for seeds in ranges(options.samples, CHUNK)]

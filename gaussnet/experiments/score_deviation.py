@@ -31,7 +31,8 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"expected sigmas > 0 and queries >= 1, got {min(options.sigmas)} and {options.queries}"
         )
-    return [f"sigma={sigma:g}" for sigma in sorted(set(options.sigmas))]
+    setting.check_references(options.references)
+    return [f"sigma={sigma}" for sigma in sorted(set(options.sigmas))]
 
 
 def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Row]:

@@ -64,6 +64,7 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         )
     if MODEL in options.models:
         raise ValueError(f"expected --models other than {MODEL!r}, the name of --model: write ./{MODEL}")
+    setting.check_references(options.references)
     _plane(setting, options)
     return [PLANE, *_fields(setting, options)]
 
@@ -136,7 +137,7 @@ def _fields(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[st
         told = name
         if name in options.models:
             told += "@" + hashlib.sha256(str(fingerprint(name)).encode()).hexdigest()[:8]
-        found |= {f"{told} sigma={sigma:g}": (name, sigma) for sigma in sigmas}
+        found |= {f"{told} sigma={sigma}": (name, sigma) for sigma in sigmas}
     return found
 
 

@@ -22,6 +22,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,10 @@ _MODEL_FILES = (
     "model_index.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vqvae/config.json",
+    "vqvae/diffusion_pytorch_model.safetensors",
     "scheduler/scheduler_config.json",
 )
 _MIXTURE = re.compile(r"mixture-(\d+)(?:r(\d+))?")
@@ -168,12 +173,25 @@ class Setting:
             self.device
         )
 
+    def check_references(self, names: Iterable[str]) -> None:
+        """Refuses what `reference` would, before anything is computed.
+
+        Raises:
+            ValueError: as there.
+        """
+        for name in names:
+            if not is_analytic(name):
+                raise ValueError(f"expected an analytic denoiser among {', '.join(ANALYTIC)}, got {name!r}")
+            if name == "classes" and self._images.labels is None:
+                raise ValueError(f"classes: expected images with class labels, {self._images.name} has none")
+
     def reference(self, name: str) -> Denoiser:
         """An analytic denoiser by name, fitted once, on the device.
 
         Raises:
             ValueError: if the name is unknown, or the images do not allow it.
         """
+        self.check_references([name])
         if name not in self._references:
             self._references[name] = self._load_or_fit(name).to(self.device).eval()
         return self._references[name]
@@ -232,12 +250,8 @@ class Setting:
         if name == "point":
             return GaussianDenoiser.isotropic(self.gaussian.mean, 0.0)
         if name == "classes":
-            if labels is None:
-                raise ValueError(f"classes: expected images with class labels, {self._images.name} has none")
             return GaussianMixtureDenoiser.fit(images, labels=labels, shrinkage=self.shrinkage)
-        mixture = _MIXTURE.fullmatch(name)
-        if mixture is None:
-            raise ValueError(f"expected an analytic denoiser among {', '.join(ANALYTIC)}, got {name!r}")
+        mixture = cast("re.Match[str]", _MIXTURE.fullmatch(name))
         count, rank = int(mixture[1]), None if mixture[2] is None else int(mixture[2])
         return GaussianMixtureDenoiser.fit(images, count, rank, self.seed, shrinkage=self.shrinkage)
 

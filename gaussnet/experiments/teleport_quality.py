@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,14 +99,14 @@ def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Ro
     reference = _kept(
         setting,
         "features",
-        [{**identity, "model": None}, fingerprint(options.features), options.weights],
+        [{**identity, "model": None}, fingerprint(options.features), _file(options.weights)],
         lambda: features(setting.fitted[0]),
     )
     ran = _run(setting, options, solver, int(skip))
     whole = _kept(
         setting,
         f"samples-{solver}",
-        [identity, solver, options.steps, options.samples, options.statistics],
+        [identity, solver, options.steps, options.samples, _file(options.statistics)],
         lambda: (ran if skip == "0" else _run(setting, options, solver, 0)).images,
     )
     found = distances(
@@ -173,9 +175,9 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
 
 
 def furthest(rows: Sequence[Row], solver: str) -> Row:
-    """The row of the largest skip whose Frechet distance is at most 3% above that of no skip."""
+    """The row of the largest skip up to which all Frechet distances are at most 3% above that of no skip."""
     mine = _of(rows, solver)
-    return [row for row in mine if row["frechet"] <= (1 + TOLERANCE) * mine[0]["frechet"]][-1]
+    return list(takewhile(lambda row: row["frechet"] <= (1 + TOLERANCE) * mine[0]["frechet"], mine))[-1]
 
 
 def _of(rows: Sequence[Row], solver: str) -> list[Row]:
@@ -196,6 +198,11 @@ def _run(setting: Setting, options: argparse.Namespace, solver: str, skip: int) 
         batch_size=setting.batch,
         statistics=statistics,
     )
+
+
+def _file(path: str | Path | None) -> dict[str, Any] | None:
+    """What tells a file from another of the same name; None of none."""
+    return None if path is None else fingerprint(str(path))
 
 
 def _kept(setting: Setting, name: str, depends: list[Any], make: Callable[[], Tensor]) -> Tensor:

@@ -48,6 +48,7 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
             "expected trajectories >= 1, steps >= 2 and check >= 0, "
             f"got {options.trajectories}, {options.steps} and {options.check}"
         )
+    setting.check_references(options.references)
     return list(dict.fromkeys(options.references))
 
 

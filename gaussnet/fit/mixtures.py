@@ -1,7 +1,7 @@
 """Mixtures of Gaussians: clusters or classes, and expectation maximisation.
 
 Components are clusters of mini-batch k-means (Sec. A.5 of arXiv 2412.09726), or classes; each is fitted as a
-Gaussian of its own. Expectation maximisation then refines them as a mixture of probabilistic principal
+Gaussian of its own. Expectation maximisation then refines clusters as a mixture of probabilistic principal
 component analysers (Tipping and Bishop 1999): with responsibilities r_ik = p(k | x_i), weights are their
 means, means and covariances their weighted moments, cut to `rank` axes and the mean dropped eigenvalue, which
 is the exact maximum. Variances stay above a floor: of all covariances above it, the clamped one is the most
@@ -90,8 +90,9 @@ def fit_mixture(
         tail: "mean" or "zero", as in `fit_covariance`.
         mirror: fit to mirror images, too.
         select: "heldout" chooses rank and shrinkage of each component.
-        em_steps: steps of expectation maximisation. With shrinkage="none" its components are the result;
-            otherwise each is fitted again to the samples that it is most responsible for.
+        em_steps: steps of expectation maximisation from the clusters; classes take none, whose components
+            would leave them. With shrinkage="none" its components are the result; otherwise each is fitted
+            again to the samples that it is most responsible for.
 
     Returns:
         Weights, means and covariances of the components.
@@ -99,8 +100,8 @@ def fit_mixture(
     Raises:
         TypeError: if a batch is neither a tensor nor an array.
         ValueError: if not exactly one of `n_components` and classes is given, they do not fit the data, a
-            class has fewer than two samples, a share comes with `select` or `em_steps`, or as in
-            `fit_covariance`.
+            class has fewer than two samples, `em_steps` come with `labels`, a share with `select` or
+            `em_steps`, or as in `fit_covariance`.
 
     Example:
         >>> data, labels = torch.tensor([[0.0], [2.0], [5.0], [7.0]]), torch.tensor([0, 0, 1, 1])
@@ -117,6 +118,11 @@ def fit_mixture(
         raise ValueError(f"expected rank >= 1 or in (0, 1), got {rank}")
     if em_steps < 0:
         raise ValueError(f"expected em_steps >= 0, got {em_steps}")
+    if em_steps and labels is not None:
+        raise ValueError(
+            "em_steps moves samples between components, which then are no classes: expected n_components, "
+            "got labels"
+        )
     check_options(shrinkage=shrinkage, tail=tail, select=select)
     if split_rank(rank)[1] is not None and (em_steps or select):
         raise ValueError(f"expected an integer rank with {'em_steps' if em_steps else 'select'}, got {rank}")
@@ -155,8 +161,7 @@ def fit_mixture(
             kept = weights > 0  # a component may lose all of its samples
             stacked = torch.stack(means).to(samples.dtype).reshape(-1, *samples.shape[1:])
             found = [_cut(parts[k], tail).to(samples.dtype) for k in kept.nonzero()[:, 0].tolist()]
-            classes = torch.unique(labels)[kept] if labels is not None else None
-            return MixtureFit(weights[kept], stacked[kept], found, classes, history)
+            return MixtureFit(weights[kept], stacked[kept], found, log_likelihood=history)
     return _fit_each(samples, clusters, labels, groups, rank, {**options, "select": select}, history)
 
 

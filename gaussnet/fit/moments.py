@@ -24,8 +24,10 @@ from gaussnet.fit.streams import (
     Data,
     batches,
     check_finite,
+    check_groups,
     check_labels,
     check_mirror,
+    check_order,
     check_shape,
     process_rank,
     process_sum,
@@ -136,7 +138,7 @@ def fold_members(count: int, folds: int, groups: Tensor | None = None, all_proce
     """
     if groups is None:
         return torch.arange(count) % folds
-    groups = torch.as_tensor(groups, device="cpu")
+    groups = torch.as_tensor(groups, device="cpu").contiguous()  # such as every second one of all
     if groups.shape != (count,) or groups.is_floating_point():
         raise ValueError(
             f"expected groups to be {count} integers, one a sample, "
@@ -163,7 +165,8 @@ def fit_moments(
     Args:
         data: (N, *event_shape), or an iterable of batches; see `Data`.
         folds: sample i of the stream goes to fold i % folds.
-        groups: or, for arrays, an integer for each sample, (N,): those of one group go to one fold.
+        groups: or an integer for each sample, (N,), in the order in which an iterable gives them: those of
+            one group go to one fold.
         mirror: count each sample's mirror image, too.
         all_processes: sum over the processes of `torch.distributed`, of which each has its own share of the
             data, at least one sample. Where process r of R has the samples r, r + R, ..., the folds are
@@ -173,9 +176,9 @@ def fit_moments(
         The moments of each fold that got a sample; `merge_all` makes them one.
 
     Raises:
-        TypeError: if a batch is neither a tensor nor an array, or there are groups for an iterable.
-        ValueError: if there is no sample, the shapes differ, a value is not finite, or vectors are to be
-            mirrored.
+        TypeError: if a batch is neither a tensor nor an array.
+        ValueError: if there is no sample, the shapes differ, a value is not finite, vectors are to be
+            mirrored, or groups are not one integer a sample, or for a DataLoader that shuffles.
         RuntimeError: if `all_processes` is asked for where `torch.distributed` is not initialised.
 
     Example:
@@ -185,21 +188,25 @@ def fit_moments(
         (4, tensor([0.7500, 0.7500], dtype=torch.float64))
     """
     _check_folds(folds)
-    if groups is not None and not isinstance(data, (Tensor, np.ndarray)):
-        raise TypeError(f"groups need a tensor or array of samples, got {type(data).__name__}")
     rank, world = process_rank() if all_processes else (0, 1)
     members = None
     if groups is not None:
-        members = fold_members(len(data), folds, groups, all_processes)  # pyright: ignore[reportArgumentType]
+        check_order(data)
+        # Of a stream, the end tells whether they are one a sample.
+        own = data if isinstance(data, (Tensor, np.ndarray)) else torch.as_tensor(groups).flatten()
+        members = fold_members(len(own), folds, groups, all_processes)
 
     def fold_of(start: int, batch: Tensor, labels: Any) -> Tensor:
         if mirror:
             check_mirror(batch.shape[1:])  # before a long pass, rather than after it
         if members is not None:
+            check_groups(len(members), start + len(batch), ended=False)
             return members[start : start + len(batch)]
         return (rank + world * torch.arange(start, start + len(batch))) % folds
 
     sums = _accumulate(data, fold_of)
+    if members is not None:
+        check_groups(len(members), sum(part.count for part in sums.values()))
     found = [sums[k].moments() for k in sorted(sums)]
     if all_processes:
         # Every process must take part for every fold, with a share of nothing where it has no sample of it.

@@ -79,8 +79,8 @@ def fit_covariance(
         solver: "dense" passes once over any data and costs D^3; "gram" needs an array and costs N^3;
             "krylov" needs an array and a rank, and takes passes over it, but no square matrix. Default: by
             shape.
-        groups: an integer for each sample of an array, (N,): variants of one image share one, so that none is
-            measured along axes that the others of its group have shaped.
+        groups: an integer for each sample, (N,), in the order of the data: variants of one image share one,
+            so that none is measured along axes that the others of its group have shaped.
         tail: variance along the axes left out: their "mean", or "zero".
         basis: "eigen", or "cosine" for images too large for eigenvectors: a 2-D DCT of each channel after a
             rotation of the channels (`CosineCovariance`), fitted in one pass without large matrices. It takes
@@ -94,8 +94,8 @@ def fit_covariance(
 
     Raises:
         TypeError: if something that needs an array gets an iterable.
-        ValueError: for fewer than two samples, non-finite or constant data, an unknown option, or a rank out
-            of range.
+        ValueError: for fewer than two samples, non-finite or constant data, an unknown option, a rank out
+            of range, or groups that are not one a sample.
 
     Example:
         >>> images = torch.randn(1000, 1, 2, 2, generator=torch.Generator().manual_seed(0))

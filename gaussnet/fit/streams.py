@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from tqdm import tqdm
 
 Data = Tensor | np.ndarray | Iterable[Any]
@@ -52,6 +52,26 @@ def check_finite(batch: Tensor, start: int = 0) -> None:
     if not bool(torch.isfinite(batch).all()):
         bad = int((~torch.isfinite(batch.flatten(1)).all(1)).nonzero()[0])
         raise ValueError(f"expected finite data, got NaN or infinite values in sample {start + bad}")
+
+
+def check_groups(count: int, seen: int, ended: bool = True) -> None:
+    """Raises a ValueError unless `count` groups are one for each of the `seen` samples of a stream so far."""
+    if seen > count or (ended and seen < count):
+        raise ValueError(
+            f"expected as many samples as groups, {count}, got {'' if ended else 'at least '}{seen}"
+        )
+
+
+def check_order(data: Data) -> None:
+    """Refuses a DataLoader that shuffles: which of its samples is whose, nothing tells.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise ValueError(
+            f"expected samples in the order of their groups, got a {type(data).__name__} that shuffles"
+        )
 
 
 def check_mirror(event_shape: torch.Size | tuple[int, ...]) -> None:

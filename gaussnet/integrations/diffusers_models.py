@@ -203,7 +203,8 @@ class DiffusersDenoiser(NetworkDenoiser):
         if self.round_timesteps:
             label = label.round().long()
         dtype = getattr(self.model, "dtype", x.dtype)
-        label = label.to(dtype) if label.is_floating_point() else label
+        if label.is_floating_point():  # embedded in float32, whatever the network is in: bfloat16 has 8 bits
+            label = label.to(torch.promote_types(dtype, torch.float32))
         extra: dict[str, Tensor] = {}
         if self.encoder_hidden_states is not None:
             extra["encoder_hidden_states"] = self.encoder_hidden_states.to(dtype).expand(len(x), -1, -1)

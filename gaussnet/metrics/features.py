@@ -19,6 +19,7 @@ from gaussnet.fit.streams import batches
 from gaussnet.hub import CONFIG_NAME, Pretrained
 from gaussnet.metrics.classifier import SmallClassifier
 from gaussnet.metrics.samples import as_rgb
+from gaussnet.numerics import known_true
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -35,6 +36,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
     Raises:
         TypeError: if the images are not floating.
+        ValueError: if a pixel is NaN.
 
     Example:
         >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0]))
@@ -42,6 +44,8 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     if not images.is_floating_point():
         raise TypeError(f"expected floating images in [-1, 1], got {images.dtype}")
+    if known_true(images.isnan().any()):  # they would become black pixels
+        raise ValueError("expected images without NaN, got NaN")
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
@@ -56,6 +60,7 @@ def rounded(images: Tensor) -> Tensor:
 
     Raises:
         TypeError: if the images are not floating.
+        ValueError: if a pixel is NaN.
 
     Example:
         >>> rounded(torch.tensor([-2.0, 0.0, 1.0]))

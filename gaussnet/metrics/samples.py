@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.fit import Data
-from gaussnet.fit.streams import batches
+from gaussnet.fit.streams import batches, check_finite
 
 
 def collect(data: Data) -> Tensor:
@@ -44,13 +44,6 @@ def collect_features(data: Data, like: Tensor | None = None) -> Tensor:
     if like is not None and features.shape[1] != like.shape[-1]:
         raise ValueError(f"expected features of one length, got {like.shape[-1]} and {features.shape[1]}")
     return features
-
-
-def check_finite(batch: Tensor, start: int = 0) -> None:
-    """Raises a ValueError that names the first sample with NaN or infinite values, counted from `start`."""
-    if not bool(torch.isfinite(batch).all()):
-        bad = int((~torch.isfinite(batch.flatten(1)).all(1)).nonzero()[0])
-        raise ValueError(f"expected finite data, got NaN or infinite values in sample {start + bad}")
 
 
 def as_rgb(images: Tensor) -> Tensor:

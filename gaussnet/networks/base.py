@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gaussnet.networks.blocks import check_labels, zero_
 from gaussnet.networks.embeddings import PositionalEmbedding
+from gaussnet.numerics import known_true
 
 
 class Network(nn.Module, ABC):
@@ -148,6 +149,9 @@ def noise_row(noise_labels: Tensor, batch: int) -> Tensor:
 def class_rows(class_labels: Tensor, batch: int, label_dim: int, drop: float) -> Tensor:
     """Classes as rows (B, label_dim), from such rows or from indices (B,); dropped rows are zero."""
     if label_dim and class_labels.ndim == 1 and not class_labels.is_floating_point():
+        if known_true(((class_labels < 0) | (class_labels >= label_dim)).any()):
+            got = class_labels.unique().tolist()
+            raise ValueError(f"class_labels: got classes {got}, expected them from 0 to {label_dim - 1}")
         class_labels = F.one_hot(class_labels.long(), label_dim)
     check_labels("class_labels", class_labels, batch, label_dim)
     if drop:

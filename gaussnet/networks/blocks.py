@@ -289,7 +289,8 @@ def _self_attention(qkv: Tensor, num_heads: int) -> Tensor:
     """
     batch, channels, height, width = qkv.shape
     # One copy here: the fused kernels want the channels of a head next to each other in memory.
-    qkv = qkv.reshape(batch, num_heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
+    qkv = qkv.reshape(batch, num_heads, channels // (3 * num_heads), 3, height * width)
+    qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()
     q, k, v = qkv.unbind()
     out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
     return out.transpose(2, 3).reshape(batch, channels // 3, height, width)

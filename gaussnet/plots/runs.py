@@ -69,7 +69,8 @@ def dynamics_panels(
         raise ValueError(f"expected rows of {given}, got none")
     sigmas = sorted({float(row["sigma"]) for row in chosen})
     colours = colours_of(str(row["reference"]) for row in chosen)
-    closest = {(row["sigma"], row["reference"]): row for row in minima(chosen)}
+    numbers = [row for row in chosen if not math.isnan(float(row["mean"]))]  # the others are gaps
+    closest = {(row["sigma"], row["reference"]): row for row in minima(numbers)}
     columns = min(4, len(sigmas))
     lines = -(-len(sigmas) // columns)
     figure, axes = plt.subplots(
@@ -96,8 +97,8 @@ def dynamics_panels(
                 color=colour,
                 lw=1.4,
             )
-            least = closest[sigma, reference]
-            if least["minimum"] > 0:
+            least = closest.get((sigma, reference))
+            if least is not None and least["minimum"] > 0:
                 axis.plot(max(least["step"], LEFT), least["minimum"], "o", color=colour, ms=4)
         axis.set(xscale="log", yscale=scale, title=f"$\\sigma$ = {sigma:g}")
         axis.grid(alpha=0.25, which="major")
@@ -143,8 +144,9 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     )
     above.plot(steps, losses, lw=1.2)
     above.set(xscale="log", yscale="log", ylabel="training loss")
+    fastest = 1.1 * max((speed for speed in speeds if not math.isnan(speed)), default=1.0)
     below.plot(steps, speeds, lw=1.2, color="0.4")
-    below.set(xlabel="training step", ylabel="images per second", ylim=(0, 1.1 * max(speeds)))
+    below.set(xlabel="training step", ylabel="images per second", ylim=(0, fastest))
     for axis in (above, below):
         axis.grid(alpha=0.25, which="major")
     figure.savefig(path, dpi=DPI)
@@ -162,10 +164,10 @@ def image_rows(rows: Mapping[str, Tensor], path: str | Path, columns: int = 12) 
     Raises:
         ValueError: if there is no row.
     """
-    if not rows:
-        raise ValueError("expected at least one row of images, got none")
+    columns = min([columns, *(len(images) for images in rows.values())])
+    if not rows or columns == 0:
+        raise ValueError("expected at least one row of images, and in each an image, got none")
     plt = pyplot()
-    columns = min(columns, *(len(images) for images in rows.values()))
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(0.75 * columns + 1.6, 0.82 * len(rows)), squeeze=False, layout="constrained"
     )

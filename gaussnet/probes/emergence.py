@@ -208,6 +208,7 @@ def emergence_level(shares: Tensor, levels: Tensor, share: float) -> Tensor:
     logs = levels.to(shares).log()
     high, low = (shares.gather(0, place[None])[0] for place in (before, after))
     step = torch.where(low > high, (share - high) / (low - high).where(low > high, 1), 0).clamp(0, 1)
+    step = torch.where(low < share, 1, step)  # it never is: the last level
     return torch.lerp(logs[before], logs[after], step).exp()
 
 

@@ -12,6 +12,7 @@ level needs grows as the noise falls, and components can stand in for axes (Fig.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -142,7 +143,7 @@ def minimal_ranks(rows: Sequence[Mapping[str, Any]], tol: float = 0.1) -> list[d
         Rows with sigma, modes, rank, axes, and mean, the unexplained share there.
 
     Raises:
-        ValueError: if full rank was not measured.
+        ValueError: if full rank was not measured, or its share is NaN.
 
     Example:
         >>> course = ((4, 4, 0.3), (16, 16, 0.105), ("full", 64, 0.1))
@@ -156,6 +157,10 @@ def minimal_ranks(rows: Sequence[Mapping[str, Any]], tol: float = 0.1) -> list[d
         own = _by_axes(row for row in rows if (row["sigma"], row["modes"]) == (sigma, modes))
         if own[-1]["rank"] != FULL:
             raise ValueError(f"expected rows of full rank, got none for {modes} modes at sigma = {sigma:g}")
+        if math.isnan(own[-1]["mean"]):
+            raise ValueError(
+                f"expected shares that are numbers, got nan for {modes} modes at sigma = {sigma:g}"
+            )
         least = next(row for row in own if row["mean"] <= (1 + tol) * own[-1]["mean"])
         found.append({name: least[name] for name in ("sigma", "modes", "rank", "axes", "mean")})
     return found

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers import Denoiser
-from gaussnet.numerics import Sigma, wide_dtype
+from gaussnet.numerics import Sigma, check_floating, wide_dtype
 
 _INDEPENDENT = 1e-6  # of the distance of two images, that a third is away from their line at least
 
@@ -42,9 +42,10 @@ class Plane:
         """The plane through three images: the first is its origin, the second lies on the u axis.
 
         Args:
-            images: (3, *event_shape).
+            images: floating, (3, *event_shape).
 
         Raises:
+            TypeError: if they are integers.
             ValueError: if there are not three, or they lie on one line.
 
         Example:
@@ -55,6 +56,7 @@ class Plane:
         """
         if images.ndim < 2 or len(images) != 3:
             raise ValueError(f"expected three images (3, *event_shape), got shape {tuple(images.shape)}")
+        check_floating(images=images)
         flat = images.detach().cpu().double().flatten(1)
         first, second = flat[1] - flat[0], flat[2] - flat[0]
         e_u = first / first.norm()

@@ -78,7 +78,7 @@ def skipped_run(
         The samples, the level where they began, and the calls for one image.
 
     Raises:
-        ValueError: if the skip is not as above; or as `sample_seeds`.
+        ValueError: if the skip is not as above, or there is no seed; or as `sample_seeds`.
 
     Example:
         >>> from gaussnet import karras_sigmas
@@ -90,6 +90,8 @@ def skipped_run(
     """
     if not 0 <= skip < len(sigmas) - 1:
         raise ValueError(f"expected 0 <= skip < {len(sigmas) - 1}, the number of steps, got {skip}")
+    if not len(seeds):
+        raise ValueError("expected at least one seed, got none")
     level = float(sigmas[skip])
     called = _Called(model)
     with count_nfe(called) as calls, count_nfe(model) as evaluations:

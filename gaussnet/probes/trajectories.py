@@ -235,14 +235,14 @@ def divergence(rows: Sequence[Mapping[str, Any]], bound: float = DIVERGED) -> tu
         bound: of the mean squared error per pixel.
 
     Returns:
-        The step and its level; None if no mean exceeds the bound.
+        The step and its level; None if no mean exceeds the bound, as NaN does.
 
     Example:
         >>> rows = [{"step": 0, "sigma": 80.0, "mean": 0.0}, {"step": 1, "sigma": 40.0, "mean": 0.02}]
         >>> divergence(rows)
         (1, 40.0)
     """
-    above = [(row["step"], row["sigma"]) for row in rows if row["mean"] > bound]
+    above = [(row["step"], row["sigma"]) for row in rows if not row["mean"] <= bound]
     return min(above, default=None)
 
 

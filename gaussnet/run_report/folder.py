@@ -69,7 +69,7 @@ class Run:
         """config.yaml as a tree; {} if it is none."""
         try:
             tree = yaml.safe_load(self.config_text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except Exception:  # what is no YAML, and what its constructors raise of values that are none
             return {}
         return tree if isinstance(tree, dict) else {}
 

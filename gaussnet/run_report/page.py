@@ -214,7 +214,8 @@ def _errors(run: Run) -> str:
     lines: list[list[Any]] = []
     for row in run.errors:
         least = min((row[name] for name in names[1:] if not isinstance(row[name], str)), default=None)
-        lines.append([_Bold(row[name]) if row[name] == least else row[name] for name in names])
+        values = [row[name] for name in names[1:]]
+        lines.append([row[names[0]], *(_Bold(value) if value == least else value for value in values)])
     return (
         "<p>Mean squared error per pixel on held-out images, the least of each noise level in bold.</p>"
         + _table(names, lines)
@@ -234,9 +235,10 @@ def _skips(run: Run) -> str:
 def _frechet(run: Run) -> str:
     points: list[Row] = []
     for row in run.frechet:
-        of = " ".join(value for value in row.values() if isinstance(value, str))
+        words = (value for value in row.values() if isinstance(value, str))
+        of = " ".join(word for word in words if word.lstrip("-") not in ("nan", "inf"))  # those are gaps
         for name, value in row.items():
-            if name != "step" and not isinstance(value, str):
+            if name not in ("step", "samples", "NFE") and not isinstance(value, str):
                 points.append({"step": row["step"], "name": f"{name} {of}".strip(), "value": value})
     if not points:
         return ""
