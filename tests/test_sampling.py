@@ -567,9 +567,7 @@ def test_a_folder_tells_what_decides_its_images(saved: Path, tmp_path: Path) -> 
         "statistics": None,
     }
     assert main(arguments(saved, tmp_path / "all.npz")) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "model", "out"], (
-        "npz are no folders"
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "model", "out"]
 
 
 @pytest.mark.parametrize(
@@ -620,7 +618,7 @@ def test_what_does_not_decide_an_image_goes_on(saved: Path, tmp_path: Path, capl
     same.provenance = {"data": "told later"}
     same.save_pretrained(tmp_path / "copy")
     command[1] = str(tmp_path / "copy")
-    others = ["--seeds", "1-3", "--batch", "1", "--device", "cpu", "--classes", "0,1"]
+    others = ["--seeds", "0-3", "--batch", "1", "--device", "cpu", "--classes", "0,1"]
     assert main([*command, *others, "--grid", str(tmp_path / "grid.png")]) == 0
     assert len(list(out.glob("*.png"))) == 4
     assert (out / "sample.json").read_bytes() == before
@@ -659,14 +657,15 @@ def test_other_statistics_are_refused(saved: Path, tmp_path: Path, capsys: Any) 
 
 
 @pytest.mark.usefixtures("few")
-def test_no_statistics_are_computed_for_what_is_refused(
-    smooth: Path, tmp_path: Path, monkeypatch: Any
+def test_what_is_refused_gets_no_statistics(
+    smooth: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     assert main(arguments(smooth, tmp_path / "out")) == 0
     monkeypatch.setattr(cli_sample, "compute_ems", None)
     file = tmp_path / "s.safetensors"
     options = ["--solver", "dpm_v3", "--statistics", str(file), "--statistics-from", "digits"]
     assert main(arguments(smooth, tmp_path / "out", *options)) == 2
+    assert 'got solver "dpm_v3", not "heun": use another --out' in capsys.readouterr().err
     assert not file.exists()
 
 
