@@ -57,6 +57,10 @@ TINY = [
     "report.reference_steps=6",
 ]
 
+# At its first use autograd starts a thread for each accelerator that is registered, and with threads it works
+# in no forked process. Compiling registers one: so it is used before any test compiles.
+torch.zeros((), requires_grad=True).backward()
+
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing but cleaning up catches it."""
