@@ -129,6 +129,8 @@ def test_a_run_is_teleport_and_the_solver(solver: str, regrid: bool) -> None:
 def test_impossible_skips(skip: int) -> None:
     with pytest.raises(ValueError, match=f"expected 0 <= skip < 8, the number of steps, got {skip}"):
         skipped_run(gated(), denoiser("gaussian-full"), [0], karras_sigmas(8), skip)
+    with pytest.raises(ValueError, match="expected at least one seed, got none"):
+        skipped_run(gated(), denoiser("gaussian-full"), [], karras_sigmas(8), 3)
 
 
 # Closed forms -------------------------------------------------------------------------------------
