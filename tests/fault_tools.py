@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from tqdm import tqdm
 
 import train.loop
 from train.config import Config
@@ -183,6 +185,7 @@ def killed(
         try:
             faulthandler.enable(all_threads=True)
             torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())  # its own: who is killed would keep that of all processes
             if at is not None:
                 die_at(at)
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
