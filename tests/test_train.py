@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from cases import tiny_unet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -637,6 +638,9 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_it_trains_the_same(complete: Path, tmp_path: Path) -> None:
+    # Something else that was compiled in this process, of another size and number of channels.
+    other: Any = torch.compile(tiny_unet(img_resolution=16, in_channels=3, out_channels=3), backend="eager")
+    other(torch.zeros(2, 3, 16, 16), torch.ones(2), None)
     options = ["network.arguments.dropout=0", "probe.times=1", "report.reference_steps=6"]
     for compiled in ("false", "true"):
         train.loop.run(tiny(tmp_path / compiled, f"train.compile={compiled}", *options))

@@ -103,6 +103,7 @@ def fit_and_train(config: Config, folder: RunFolder, accelerator: Accelerator) -
         remember_less(network)
     model = wrap(config, network, wrapping).to(device)
     if config.train.compile:
+        torch.compiler.reset()  # else another network of this process, of another size, makes shapes symbolic
         network.compile()
     optimizer = make_optimizer(config, model)
     # Accelerate has no argument for the successor of broadcast_buffers yet.
