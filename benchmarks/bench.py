@@ -1,6 +1,6 @@
 """Runs the benchmarks one after another, and writes what they found.
 
-    make bench MNIST=FOLDER EMOJI=ZIP EDM=CHECKOUT MODEL=FOLDER    at most 20 minutes on two quiet cores
+    make bench MNIST=FOLDER EMOJI=ZIP EDM=CHECKOUT MODEL=FOLDER    about 20 minutes on two quiet cores
     make bench-full MNIST=FOLDER ...                               with more repetitions and samples: hours
     python benchmarks/bench.py --only fitting precision --mnist FOLDER
     python benchmarks/bench.py --list
@@ -229,7 +229,8 @@ def load(entries: Sequence[Entry], folder: Path) -> list[dict[str, Any]]:
 
 def readme_block(entries: Sequence[Entry] = ENTRIES, folder: Path = FOLDER) -> str:
     """The README's table: the headlines of the results that are there."""
-    rows, runs = [], []
+    rows: list[str] = []
+    runs: dict[str, list[float]] = {}  # machine and date -> loads
     for result in load(entries, folder):
         page = Path(result["script"]).with_suffix(".md").as_posix()
         shown = [number for number in numbers_of(result) if number.headline]
@@ -240,11 +241,15 @@ def readme_block(entries: Sequence[Entry] = ENTRIES, folder: Path = FOLDER) -> s
         if shown:
             had, make = result["machine"], "bench-full" if result["mode"] == "full" else "bench"
             told = f"{had.get('gpu', had['cpu'])}, {had['cores']} cores, torch {result['versions']['torch']}"
-            runs.append(f"`make {make}`, {result['date']}, {told}")
+            runs.setdefault(f"`make {make}`, {result['date']}, {told}", []).append(had["load"])
     if not rows:
         return "No results yet: `make bench` measures them."
     head = ["| what | measured | asked | against |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows, "", f"{'; '.join(dict.fromkeys(runs))}."])
+    loads = {
+        told: sorted({f"{load:g}" for load in (min(had), max(had))}, key=float) for told, had in runs.items()
+    }
+    told = "; ".join(f"{told}, load {' to '.join(load)} before" for told, load in loads.items())
+    return "\n".join([*head, *rows, "", f"{told}."])
 
 
 def write_readme(entries: Sequence[Entry], folder: Path, readme: Path) -> None:

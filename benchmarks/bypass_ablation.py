@@ -17,6 +17,7 @@ run that is there is not done again.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bypass_tables import HERE, TABLES, collect, last_error, read
-from bypass_tasks import ARMS, RATE_SEED, TASKS, Run, finished, runs
+from bypass_tasks import ARMS, RATE_SEED, TASKS, Run, best_rate, finished, plain, runs
 
 
 def train(run: Run, folder: Path, threads: int) -> bool:
@@ -62,17 +63,21 @@ def train(run: Run, folder: Path, threads: int) -> bool:
 
 def claim(lock: Path) -> bool:
     """Whether this process now holds the lock; that of a process that is gone is taken over."""
+    folder = os.open(lock.parent, os.O_RDONLY)
     try:
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        owner = lock.read_text()
+        fcntl.flock(
+            folder, fcntl.LOCK_EX
+        )  # nobody sees a lock without its number, or takes over the same one
+        try:
+            owner = lock.read_text()
+        except FileNotFoundError:
+            owner = ""
         if owner.isdigit() and Path(f"/proc/{owner}").exists():
             return False
-        lock.unlink(missing_ok=True)
-        return claim(lock)
-    with os.fdopen(handle, "w") as file:
-        file.write(str(os.getpid()))
-    return True
+        lock.write_text(str(os.getpid()))
+        return True
+    finally:
+        os.close(folder)
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> dict[str, str]:
@@ -111,6 +116,8 @@ def main() -> None:
     tasks = [task for task in options.task if task != "emoji32" or "emoji32" in data]
     while work(tasks, options, folder, data):  # runs that waited for learning rates come in the next pass
         pass
+    for line in waiting(tasks, options.arm, read(TABLES / "errors.csv")):
+        print(line)
 
 
 def work(tasks: list[str], options: argparse.Namespace, folder: Path, data: Mapping[str, str]) -> bool:
@@ -131,6 +138,19 @@ def work(tasks: list[str], options: argparse.Namespace, folder: Path, data: Mapp
                 print(f"{run.name}: {last_error(folder / run.name):.4f}", flush=True)
                 trained = True
     return trained
+
+
+def waiting(tasks: list[str], arms: list[str] | None, errors: list[dict[str, str]]) -> list[str]:
+    """What is not run, as the short runs that choose its learning rate are not in the table."""
+    lines: list[str] = []
+    for task in tasks:
+        source = task if TASKS[task].rates else "core"
+        chosen = [arm for arm in TASKS[task].arms if arms is None or arm in arms]
+        lacking = dict.fromkeys(plain(arm) for arm in chosen if best_rate(source, plain(arm), errors) is None)
+        if lacking:
+            needed = f"--task {source} --arm {' '.join(lacking)}"
+            lines.append(f"{task}: waits for the learning rates of short runs: run {needed}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -118,11 +118,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
     """The tables of a task."""
     own = {(arm, seed): curve for (name, arm, seed), curve in found.items() if name == task}
+    last = max((max(curve) for (arm, _), curve in own.items() if arm == REFERENCE), default=0)
+    stopped = [arm for arm in ARMS if any(key[0] == arm and last not in own[key] for key in own)]
+    own = {key: curve for key, curve in own.items() if last in curve}
     seeds = sorted({seed for arm, seed in own if arm == REFERENCE})
     arms = [arm for arm in ARMS if any((arm, seed) in own for seed in seeds)]
     if not seeds or len(arms) < 2:
         return ""
-    last = max(own[REFERENCE, seeds[0]])
     costs = {row["arm"]: float(row["cost"]) for row in read(TABLES / "cost.csv") if row["task"] == task}
     sigmas = sorted(own[REFERENCE, seeds[0]][last])
     speeds: list[list[str]] = []
@@ -157,14 +159,15 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
         speeds.append([name, str(len(paired)), *cells[1:], cells[0], where])
         errors.append([f"{name}, ratio", *(f"{math.exp(np.mean(logs)):.3f}" for logs in ratios)])
     head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
-    return "\n\n".join(
-        [
-            f"## {task}, {last} steps",
-            table(head, speeds),
-            f"Held-out error per pixel after {last} steps, by sigma:",
-            table(["arm", *(f"{sigma:g}" for sigma in sigmas)], errors),
-        ]
-    )
+    parts = [
+        f"## {task}, {last} steps",
+        table(head, speeds),
+        f"Held-out error per pixel after {last} steps, by sigma:",
+        table(["arm", *(f"{sigma:g}" for sigma in sigmas)], errors),
+    ]
+    if stopped:
+        parts.append(f"Runs that stopped before step {last} are left out: {', '.join(stopped)}.")
+    return "\n\n".join(parts)
 
 
 def measures_text(task: str) -> str:
@@ -191,22 +194,26 @@ def draw_curves(found: Mapping[tuple[str, str, int], Curve]) -> None:
     figure, axes = plt.subplots(
         len(tasks), len(RANGES), figsize=(13, 3.4 * len(tasks)), squeeze=False, layout="constrained"
     )
-    shades = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
+    arms = [arm for arm in ARMS if any(other == arm for _, other, _ in found)]
+    shades, lines = plt.get_cmap("tab20"), {}
     for line, task in enumerate(tasks):
         for axis, (name, (low, high)) in zip(axes[line], RANGES.items(), strict=True):
-            for shade, arm in zip(shades, ARMS, strict=False):
+            for number, arm in enumerate(arms):
                 runs = [curve for (own, other, _), curve in found.items() if (own, other) == (task, arm)]
                 if not runs:
                     continue
                 steps = sorted(set.intersection(*(set(run) for run in runs)) - {0})
                 means = [np.exp(np.mean([level(run[step], low, high) for run in runs])) for step in steps]
                 bold = arm in ("edm", "bypass-all", "marginal")
-                axis.plot(steps, means, label=arm, color=shade, lw=2.2 if bold else 1.1)
+                style = {"color": shades(number % 20), "ls": "-" if number < 20 else "--"}
+                (lines[arm],) = axis.plot(steps, means, lw=2.2 if bold else 1.1, **style)
             axis.set(xscale="log", yscale="log", title=f"{task}: {name}", xlabel="step")
             axis.grid(alpha=0.25, which="both")
         axes[line, 0].set_ylabel("geometric mean of the error")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    told = [arm for arm in arms if arm in lines]
+    figure.legend(
+        [lines[arm] for arm in told], told, loc="outside lower center", ncols=5, frameon=False, fontsize=9
+    )
     save(figure, TABLES / "curves.png")
 
 

@@ -26,6 +26,9 @@ from gaussnet.tables import LevelTable
 
 _NUMBERS = 2**21  # at a level, of which a mean square is known well enough
 _TINY = torch.finfo(torch.float32).tiny
+# The least error that is told, in those units: of pixels with few values, marginals make none at low noise,
+# and a loss weight of 1/0 would not be finite. So c_out is at least 1% of the isotropic denoiser's.
+_LEAST = 1e-4
 
 
 @register
@@ -122,10 +125,14 @@ class MeasuredError(LevelTable):
         return cls(levels.to(buffer), table.to(buffer), type(other).__name__)
 
     def error(self, sigma: Tensor, share: Tensor, variance: Tensor) -> Tensor:
-        """The mean squared error per dimension of a base of which `share` is the other; shape of sigma."""
+        """The mean squared error per dimension of a base of which `share` is the other; shape of sigma.
+
+        At least 1e-4 of the isotropic denoiser's own error, v s^2/(v + s^2): its inverse weighs a loss.
+        """
         own, cross, other = self(sigma).to(sigma.dtype).unbind(-1)
         unit = variance * sigma**2 / (variance + sigma**2)
-        return unit * ((1 - share) ** 2 * own + 2 * share * (1 - share) * cross + share**2 * other)
+        moment = (1 - share) ** 2 * own + 2 * share * (1 - share) * cross + share**2 * other
+        return unit * moment.clamp_min(_LEAST)
 
     def best_share(self, sigma: Tensor) -> Tensor:
         """The share in [0, 1] of the other denoiser with the least error; shape of sigma."""

@@ -2,8 +2,10 @@
 
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bypass_report
 import bypass_tables
 import bypass_tasks
-from bypass_ablation import claim
+from bypass_ablation import claim, waiting
 from bypass_report import Curve, curves, interval, level, reached, task_text
 from bypass_tables import merge, read
 from bypass_tasks import RATE_SEED, RATES, Run
@@ -135,6 +137,55 @@ def test_a_run_is_done_by_one_process_and_taken_over_from_a_dead_one(tmp_path: P
     assert lock.read_text() == str(os.getpid())
     lock.write_text(str(2**22 + 1))  # more than any pid
     assert claim(lock)
+
+
+def test_a_lock_is_claimed_by_one_of_many(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from bypass_ablation import claim; print(claim(pathlib.Path(sys.argv[1])))"
+    code += "; sys.stdout.flush(); sys.stdin.read()"  # lives until all have tried
+    variables = os.environ | {"PYTHONPATH": str(Path(bypass_tables.__file__).parent)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "lock")],
+            env=variables,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    answers = [process.stdout.readline().strip() for process in processes if process.stdout is not None]
+    for process in processes:
+        process.communicate()
+    assert sorted(answers) == ["False", "False", "True"]
+
+
+def test_runs_without_a_rate_are_told(tables: Path) -> None:
+    (line,) = waiting(["mnist-300", "long"], ["marginal-folds"], [])
+    assert line == "mnist-300: waits for the learning rates of short runs: run --task core --arm marginal"
+    for lr in RATES:
+        collect(Run("core", "marginal", RATE_SEED, lr, 300), {300: lr})
+    assert waiting(["mnist-300"], ["marginal-folds"], read(tables / "errors.csv")) == []
+
+
+def test_runs_that_stopped_earlier_are_left_out(tables: Path) -> None:
+    collect(Run("core", "edm", 0, 0.01, 400), {100: 1.0, 200: 0.5, 400: 0.3})
+    collect(Run("core", "marginal", 0, 0.01, 400), {100: 0.5, 200: 0.4, 400: 0.2})
+    collect(Run("core", "bypass", 0, 0.01, 400), {100: 1.0, 200: 0.7})
+    text = task_text("core", curves())
+    assert "| marginal | 1 |" in text
+    assert "| bypass | 1 |" not in text
+    assert text.endswith("Runs that stopped before step 400 are left out: bypass.")
+
+
+def test_the_figure_has_every_arm(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, arm in enumerate(bypass_tasks.ARMS):  # more than there are colours; half in another task
+        collect(Run("core" if number % 2 else "digits", arm, 0, 0.01, 400), {100: 1.0, 400: 0.5})
+    figures: list[Any] = []
+    monkeypatch.setattr(bypass_report, "save", lambda figure, path: figures.append(figure))
+    bypass_report.draw_curves(curves())
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert legend == list(bypass_tasks.ARMS)
+    assert tables.is_dir()
 
 
 def test_the_arms_of_the_page_are_those_of_the_script() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import cubature, digits, held_out_digits, split, train_digits
+from cases import cubature, digits, held_out_digits, randn, split, tiny_unet, train_digits
 from torch import Tensor
 
-from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, MeasuredError
+from gaussnet import BypassPrecond, GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, MeasuredError
 
 LEVELS = [0.02, 0.1, 0.5, 2.0, 20.0]
 
@@ -113,3 +113,23 @@ def test_reproducible_with_a_generator() -> None:
 def test_malformed_tables(values: Tensor) -> None:
     with pytest.raises(ValueError, match=r"finite values of shape \(n, 3\)"):
         MeasuredError(torch.tensor([0.1, 1.0]), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_of_pixels_with_two_values_the_loss_weight_is_finite(dtype: torch.dtype) -> None:
+    # At low noise, marginals make no error at all on them.
+    images = torch.where(digits()[0] > 0, 1.0, -1.0).to(dtype)
+    train, heldout = images[:1400], images[1400:]
+    model = BypassPrecond.fit(tiny_unet(in_channels=3), train, heldout, gate=None).to(dtype)
+    assert model.error is not None
+    assert float(model.error(0.01)[2]) == 0
+    sigma = torch.logspace(-2.7, 1, 16, dtype=dtype)
+    x = heldout[:16] + sigma[:, None, None, None] * randn(16, 1, 8, 8).to(dtype)
+    weight = model.weight(sigma)
+    isotropic = 1 / sigma**2 + 1 / model.gaussian.variance
+    assert (weight <= 1.001e4 * isotropic).all()
+    (weight * (model(x, sigma) - heldout[:16]).square().mean((1, 2, 3))).mean().backward()
+    gradients = [p.grad for p in model.model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+    assert max(float(g.abs().max()) for g in gradients) < 1e3
