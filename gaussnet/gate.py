@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers import DeltaDenoiser, Denoiser, GaussianDenoiser
-from gaussnet.fit.streams import Data, subsample
+from gaussnet.fit.streams import Data, check_mirror, subsample
 from gaussnet.hub import register
 from gaussnet.tables import LevelTable
 
@@ -66,6 +66,7 @@ class Gate(LevelTable):
         *,
         labels: Tensor | None = None,
         max_data: int = 65_536,
+        mirror: bool = False,
     ) -> Gate:
         """Measures the gate on noised data.
 
@@ -77,6 +78,7 @@ class Gate(LevelTable):
             generator: draws the points and the noise.
             labels: integer classes (N,), for a model with classes: the denoisers then see them, too.
             max_data: where there are more samples, this many stand for them. Memory is that of these.
+            mirror: also of the data's mirror images, left to right, as the Gaussian.
 
         Returns:
             The gate, on the device of `gaussian`.
@@ -88,7 +90,14 @@ class Gate(LevelTable):
         buffer = next(gaussian.buffers())
         levels = torch.as_tensor(SIGMAS if sigmas is None else sigmas, dtype=torch.float64, device="cpu")
         found = measure_gate(
-            gaussian, data, levels.tolist(), n_queries, generator, labels=labels, max_data=max_data
+            gaussian,
+            data,
+            levels.tolist(),
+            n_queries,
+            generator,
+            labels=labels,
+            max_data=max_data,
+            mirror=mirror,
         )
         # The share falls with the noise; sampling error must not make it rise again.
         values = torch.tensor(found, dtype=torch.float64).cummin(0).values
@@ -145,6 +154,7 @@ def measure_gate(
     *,
     labels: Tensor | None = None,
     max_data: int = 65_536,
+    mirror: bool = False,
 ) -> list[float]:
     """The values of a gate at some levels, each as measured; arguments and errors as of `Gate.fit`."""
     device = next(gaussian.buffers()).device
@@ -153,6 +163,10 @@ def measure_gate(
     if drawn.shape[1:] != gaussian.event_shape:
         expected = ", ".join(map(str, gaussian.event_shape))
         raise ValueError(f"expected data of shape (N, {expected}), got {tuple(drawn.shape)}")
+    if mirror:
+        check_mirror(drawn.shape[1:])
+        drawn = torch.cat([drawn, drawn.flip(-1)])
+        classes = None if classes is None else classes.repeat(2)
     source = torch.device("cpu") if generator is None else generator.device
     picked = torch.randperm(len(drawn), generator=generator, device=source)[:n_queries].to(device)
     clean = drawn[picked]

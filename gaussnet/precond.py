@@ -148,7 +148,8 @@ class BypassPrecond(NetworkDenoiser):
 
         Raises:
             TypeError: as of the fits.
-            ValueError: as of the class and the fits, or without held-out samples where they are needed.
+            ValueError: as of the class and the fits, without held-out samples where they are needed, or with
+                marginals or an error where they are fitted.
 
         Example:
             >>> from gaussnet import SongUNet
@@ -158,15 +159,18 @@ class BypassPrecond(NetworkDenoiser):
             >>> model(torch.randn(4, 1, 8, 8), sigma=1.0).shape
             torch.Size([4, 1, 8, 8])
         """
+        if base == "marginal" and heldout is None:  # before a long fit, rather than after it
+            raise ValueError("expected heldout samples with base='marginal', got None")
+        if base == "marginal" and options.keys() & {"marginals", "error"}:
+            raise ValueError("expected no marginals or error with base='marginal', which fits them")
         gaussian = GaussianDenoiser.fit(data, mirror=mirror) if gaussian is None else gaussian
         if base == "marginal":
-            if heldout is None:
-                raise ValueError("expected heldout samples with base='marginal', got None")
+            assert heldout is not None
             other = MarginalDenoiser.fit(data, gaussian, generator=generator, mirror=mirror)
             options["marginals"] = other.marginals
             options["error"] = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
         if "gate" not in options:
-            options["gate"] = Gate.fit(gaussian, data, generator=generator)
+            options["gate"] = Gate.fit(gaussian, data, generator=generator, mirror=mirror)
         return cls(network, gaussian, base=base, **options)
 
     @classmethod

@@ -298,3 +298,21 @@ def test_a_mixture_is_measured_on_the_same_samples(labelled: bool) -> None:
     assert gate.values.tolist() == pytest.approx([values[0], min(values)], rel=1e-12)
     drawn = Gate.fit(mixture, data, sigmas, 7, torch.Generator().manual_seed(5), labels=labels, max_data=20)
     assert drawn.values.tolist() != gate.values.tolist(), "20 samples stand for 40"
+
+
+def test_with_mirror_images_it_is_that_of_both() -> None:
+    data, labels = train_digits()[:100], torch.arange(100) % 3
+    both = torch.cat([data, data.flip(-1)])
+    gaussian = GaussianDenoiser.fit(data, mirror=True)
+    for own in (None, labels):
+        twice = None if own is None else own.repeat(2)
+        mirrored, expected = (
+            measure_gate(
+                gaussian, samples, [0.5, 80.0], 200, torch.Generator().manual_seed(0), labels=given, mirror=m
+            )
+            for samples, given, m in ((data, own, True), (both, twice, False))
+        )
+        assert mirrored == pytest.approx(expected, rel=0.02)  # of other noise
+    assert float(Gate.fit(gaussian, data, [0.5, 80.0], mirror=True)(80.0)) < 0.01
+    with pytest.raises(ValueError, match="expected images to mirror"):
+        measure_gate(GaussianDenoiser.isotropic(torch.zeros(2), 1.0), torch.zeros(3, 2), [1.0], mirror=True)

@@ -474,7 +474,7 @@ def test_fit_is_each_fit_by_hand(given: bool, mirror: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     other = MarginalDenoiser.fit(data, gaussian, generator=generator, mirror=mirror)
     error = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
-    gate = Gate.fit(gaussian, data, generator=generator)
+    gate = Gate.fit(gaussian, data, generator=generator, mirror=mirror)
     expected = BypassPrecond(
         net, gaussian, gate, base="marginal", marginals=other.marginals, error=error
     ).eval()
@@ -493,6 +493,10 @@ def test_fit_of_other_bases_and_what_is_given() -> None:
     assert model.gate is model.marginals is model.error is None
     with pytest.raises(ValueError, match=r"^expected heldout samples with base='marginal', got None$"):
         BypassPrecond.fit(tiny_unet(in_channels=3), data)
+    with pytest.raises(ValueError, match=r"^expected no marginals or error with base='marginal', which fits"):
+        BypassPrecond.fit(
+            tiny_unet(in_channels=3), data, data[:9], marginals=Marginals.fit(data[:9], n_levels=4)
+        )
     with pytest.raises(ValueError, match=r"in_channels=3 .* got in_channels=1"):
         BypassPrecond.fit(tiny_unet(), data[:50], held_out_digits(torch.float32))
 

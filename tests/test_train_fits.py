@@ -79,6 +79,19 @@ def test_mixtures_are_fitted_to_mirror_images_where_training_mirrors(options: li
             torch.testing.assert_close(mixture.means, mixture.means.flip(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [[], CLASSES])
+def test_gate_and_delta_have_the_mirror_images_that_training_has(options: list[str]) -> None:
+    config = configured("data.xflip=true", "fit.max_data=2000", *options)
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+    analytic = fit_analytic(config, data, accelerator)
+    images, mirrored = analytic.delta.data.chunk(2)
+    assert len(images) == len(data.train)
+    assert torch.equal(images.flip(-1), mirrored)
+    gate = fit_wrapping(config, data, analytic, accelerator).gate
+    assert gate is not None
+    assert float(gate(80.0)) < 0.01, "from afar, mirrored data are their Gaussian"
+
+
 def test_groups_of_more_images_than_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "groups.npy", np.arange(1797) // 30)
     config = configured(f"data.groups={tmp_path}/groups.npy")

@@ -109,7 +109,8 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
         raise ConfigError(f"fit: {error}") from error
     isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
     marginal = MarginalDenoiser(gaussian, Marginals.fit(images, mirror=config.data.xflip).to(device))
-    return Analytic(isotropic, gaussian, marginal, mixtures, DeltaDenoiser(images))
+    delta = DeltaDenoiser(torch.cat([images, images.flip(-1)]) if config.data.xflip else images)
+    return Analytic(isotropic, gaussian, marginal, mixtures, delta)
 
 
 def some_indices(config: Config, data: Data) -> Tensor:
@@ -256,6 +257,7 @@ def fit_gate(
         generator_for(config.seed, "gate"),
         labels=labels,
         max_data=config.fit.max_data,
+        mirror=config.data.xflip,
     )
     found = list(zip(mine, values, strict=True))
     pairs = sorted(gather_object(found) if world > 1 else found)
