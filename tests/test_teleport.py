@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import COVARIANCES, DTYPES, denoiser, gaussian, k_diffusion_sampling, randn, relative_error
+from torch import Tensor
 
 from gaussnet import (
     SOLVERS,
@@ -157,7 +158,8 @@ def test_a_single_step_fits_below_the_last_level(level: float) -> None:
     [
         ({"skip": 5}, [40.79, 28.37, 19.35]),
         ({"skip": 1}, [143.76, 108.4, 80.0]),  # even in sigma^(1/4)
-        ({"sigma_skip": 10.0}, [28.37, 19.35, 12.91]),
+        ({"sigma_skip": 10.0}, [32.78, 22.55, 15.19]),  # 0.355 of each step above 8.40, 12.91, ...
+        ({"sigma_skip": 0.001}, [0.04144, 0.01523, 0.004764]),
         ({"sigma_skip": 8.0, "steps": 6}, [43.22, 26.55, 15.24]),
         ({"sigma_skip": 8.0, "steps": 6, "rho": 7.0}, [91.55, 44.47, 19.88]),
         ({"sigma_skip": 0.5, "steps": 3}, [10.15, 4.674, 1.783]),
@@ -175,6 +177,21 @@ def test_history_is_the_trajectory_a_step_apart(how: dict[str, Any], above: list
     for level, state, denoised in history:
         assert relative_error(state, g.flow(x, 80.0, level)) < 1e-12
         assert relative_error(denoised, g(state, level)) < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc", "deis"])
+@pytest.mark.parametrize("shift", [-1e-3, -3e-8, 3e-8, 1e-5])
+def test_a_jump_beside_a_level_is_the_jump_to_it(solver: str, shift: float) -> None:
+    # As of a level that was read off a grid in float32: nothing is divided by how near they are.
+    g, m = denoiser("gaussian-full", torch.float32), denoiser("mixture-kmeans", torch.float32)
+    x = (80 * randn(4, 1, 8, 8)).float()
+    method: Any = SOLVERS[solver]
+    for known in (True, False):
+        ends: list[Tensor] = []
+        for level in (float(GRID[5]), float(GRID[5]) * (1 + shift)):
+            moved, rest, history = teleport(g, x, GRID, sigma_skip=level, return_history=True)
+            ends.append(method(m, moved, rest, history=history if known else ()))
+        assert relative_error(*ends) < 1e-3, f"with history: {known}"
 
 
 def test_history_has_the_classes() -> None:

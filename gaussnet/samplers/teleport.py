@@ -24,6 +24,7 @@ from gaussnet.samplers.flows import flow_of
 from gaussnet.samplers.schedules import check_sigmas, karras_sigmas
 from gaussnet.samplers.stepping import History, evaluate
 
+_ROUNDING = 1e-5  # a level of the grid that is as near is the one of the jump: such a step divides by nothing
 RHO = 4.0  # of new grids: below a jump's level, EDM's 7 spends too many steps near 0
 
 
@@ -84,7 +85,8 @@ def teleport(
         x: state at sigmas[0], (B, *event_shape).
         sigmas: decreasing levels that end in 0, shape (n + 1,).
         skip: number of steps to drop: the jump ends at sigmas[skip]. 0 <= skip < n.
-        sigma_skip: or the level to jump to, which need not be on the grid; levels below it are kept.
+        sigma_skip: or the level to jump to, which need not be on the grid; levels below it are kept, but for
+            one within 1e-5 of it.
         tol: or the tolerance of the gate: the jump ends where it falls below.
         gate: of the data, for `tol`.
         steps: a new grid of this many levels from the one of the jump to the last one above 0, even in
@@ -118,7 +120,7 @@ def teleport(
     if not return_history:
         return moved, rest
     history: list[tuple[float, Tensor, Tensor]] = []
-    for level in _levels_above(levels, target, rest.tolist(), rho, keep=steps is None):
+    for level in _levels_above(levels if steps is None else rest.tolist(), target, rho):
         state = move(x, levels[0], level)
         history.append((level, state, evaluate(gaussian, state, level, class_labels)))
     return moved, rest, history
@@ -169,7 +171,7 @@ def grid_from(sigmas: Tensor, sigma_skip: float, steps: int | None = None, rho: 
     target = _target(levels, None, sigma_skip, None, None)
     grid = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     if steps is None:
-        rest = torch.cat([grid.new_tensor([target]), grid[grid < target]])
+        rest = torch.cat([grid.new_tensor([target]), grid[grid < target * (1 - _ROUNDING)]])
     else:
         last = levels[-2]
         if steps < 1 or (steps > 1 and last >= target):
@@ -236,13 +238,15 @@ def _target(
     return max(level, levels[-2])
 
 
-def _levels_above(
-    levels: list[float], target: float, rest: list[float], rho: float, keep: bool
-) -> list[float]:
-    """Three levels above the target: those of the old grid, and beyond it in steps even in sigma^(1/rho)."""
-    above = [level for level in levels if level > target][-3:] if keep else []
-    ends = ([*above, *rest] if above else rest)[:2]
-    first, second = (level ** (1 / rho) for level in (ends if ends[1] > 0 else [ends[0], ends[0] / 2]))
-    step = first - second
-    missing = [(first + step * j) ** rho for j in range(3 - len(above), 0, -1)]
-    return [*missing, *above]
+def _levels_above(grid: list[float], target: float, rho: float) -> list[float]:
+    """Three levels above the target, from high to low, a step of the grid apart.
+
+    Beyond the grid steps are even in sigma^(1/rho). A target between two levels has levels as far between
+    those above: of the grid's own, the first could lie so near that what parts Gaussian and model, divided by
+    next to nothing, becomes the trend of a solver's step.
+    """
+    first, second = (level ** (1 / rho) for level in (grid[0], grid[1] or grid[0] / 2))
+    levels = [*((first + (first - second) * j) ** rho for j in (4, 3, 2, 1)), *grid]
+    at = next(i for i, level in enumerate(levels) if level <= target)
+    share = (target - levels[at]) / (levels[at - 1] - levels[at])
+    return [levels[at - j] + share * (levels[at - j - 1] - levels[at - j]) for j in (3, 2, 1)]
