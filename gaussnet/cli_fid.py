@@ -35,6 +35,7 @@ from gaussnet.probes.quality import SUBSET_SIZE, features_of
 from gaussnet.processes import Processes, joined_processes
 
 PROTOCOL = 50_000  # images of published FIDs
+LEAST = 4  # images that have three neighbours each
 
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,9 @@ def run_fid(options: argparse.Namespace) -> None:
     data = None
     if options.data is not None:
         data = _padded(open_images(options.data, split=options.split), images)
+        if min(len(images), len(data)) < LEAST:
+            got = f"{len(images)} and {len(data)}"
+            raise ValueError(f"--data: expected at least {LEAST} images of both for recall, got {got}")
     with joined_processes() as processes:
         device = processes.device(options.device)
         extractor = load_extractor(options.features, options.weights).to(device)

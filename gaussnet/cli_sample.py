@@ -36,7 +36,13 @@ from gaussnet.sample_settings import (
     measured_settings,
     settings_of,
 )
-from gaussnet.samplers import SOLVERS, ModelStatistics, compute_ems, karras_sigmas, log_snr_sigmas
+from gaussnet.samplers import (
+    SOLVERS,
+    ModelStatistics,
+    compute_ems,
+    log_snr_sigmas,
+    model_sigmas,
+)
 from gaussnet.sampling import Jump, choose_jump, one_hot, parse_seeds, sample_seeds
 
 STATISTICS_SAMPLES, STATISTICS_LEVELS = 1024, 60
@@ -57,9 +63,19 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0-63", help="such as 0-49999 or 1,5,9 (default %(default)s)")
     parser.add_argument("--solver", choices=sorted(SOLVERS), default="heun", help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=18, help="levels above 0 (default %(default)s)")
-    parser.add_argument("--sigma-min", type=float, default=0.002)
-    parser.add_argument("--sigma-max", type=float, default=80.0)
-    parser.add_argument("--rho", type=float, default=7.0)
+    parser.add_argument(
+        "--sigma-min",
+        type=float,
+        default=0.002,
+        help="last level above 0, or the network's lowest if that is higher (default %(default)s)",
+    )
+    parser.add_argument(
+        "--sigma-max",
+        type=float,
+        default=80.0,
+        help="first level, or the network's highest if that is lower (default %(default)s)",
+    )
+    parser.add_argument("--rho", type=float, default=7.0, help="of EDM's grid (default %(default)g)")
     parser.add_argument(
         "--teleport",
         default="none",
@@ -110,12 +126,12 @@ def run_sample(options: argparse.Namespace) -> None:
         settings = settings_of(options, model)
         check_settings(options.out, settings)  # before what takes long
     model = model.to(device)
-    sigmas = karras_sigmas(options.steps, options.sigma_min, options.sigma_max, options.rho)
+    sigmas = model_sigmas(model, options.steps, options.sigma_min, options.sigma_max, options.rho)
     classes = _classes(options, model, seeds)
     jump = _jump(options, model, sigmas, device)
     statistics = None
     if options.statistics is not None:
-        statistics = _statistics(options, model, device)
+        statistics = _statistics(options, model, sigmas, device)
     if not single:
         settings |= measured_settings(options, jump)
         check_settings(options.out, settings)
@@ -179,7 +195,9 @@ def run_sample(options: argparse.Namespace) -> None:
                 len(shown),
                 len(seeds[:64]),
             )
-        told = f"{len(left)} images of {len(seeds)} seeds by {options.solver} in {options.steps} steps{where}"
+        told = (
+            f"{len(left)} images of {len(seeds)} seeds by {options.solver} in {len(sigmas) - 1} steps{where}"
+        )
         print(f"{told}: {options.out}")
 
 
@@ -202,7 +220,7 @@ def _classes(options: argparse.Namespace, model: Denoiser, seeds: Sequence[int])
     """The label of each seed: the classes in turn, whatever other seeds there are."""
     if options.classes is None:
         return None
-    known = parse_seeds(options.classes)
+    known = parse_seeds(options.classes, "classes")
     return one_hot(model, [known[seed % len(known)] for seed in seeds])
 
 
@@ -256,7 +274,9 @@ def _check_statistics(options: argparse.Namespace) -> None:
         )
 
 
-def _statistics(options: argparse.Namespace, model: Denoiser, device: torch.device) -> ModelStatistics:
+def _statistics(
+    options: argparse.Namespace, model: Denoiser, sigmas: Tensor, device: torch.device
+) -> ModelStatistics:
     """Those of the file, or of the model at data, which are then kept there.
 
     They span the levels of the sampler. Of a model that samples with classes they are at data with theirs.
@@ -276,7 +296,7 @@ def _statistics(options: argparse.Namespace, model: Denoiser, device: torch.devi
     statistics = compute_ems(
         model if options.guidance == 1 else GuidedDenoiser(model, model, options.guidance),
         data.to_float(images).to(device),
-        log_snr_sigmas(STATISTICS_LEVELS, options.sigma_min, options.sigma_max),
+        log_snr_sigmas(STATISTICS_LEVELS, float(sigmas[-2]), float(sigmas[0])),
         n=STATISTICS_SAMPLES,
         batch_size=options.batch,
         generator=generator,

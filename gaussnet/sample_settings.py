@@ -25,7 +25,7 @@ def settings_of(options: argparse.Namespace, model: Denoiser) -> dict[str, Any]:
     """What decides an image of a seed, but for what has to be measured first."""
     names = ("solver", "steps", "sigma_min", "sigma_max", "rho", "guidance")
     told = {"model": _digest(model), **{name: getattr(options, name) for name in names}}
-    return told | {"classes": None if options.classes is None else parse_seeds(options.classes)}
+    return told | {"classes": None if options.classes is None else parse_seeds(options.classes, "classes")}
 
 
 def measured_settings(options: argparse.Namespace, jump: Jump | None) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Jump(NamedTuple):
     sigma_skip: float
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from a list of numbers and ranges, ends included.
+def parse_seeds(text: str, what: str = "seeds") -> list[int]:
+    """Seeds, or `what` else, from a list of numbers and ranges, ends included.
 
     Raises:
         ValueError: if it is none.
@@ -48,13 +48,13 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or part.strip().endswith("-"):
-            raise ValueError(f"expected seeds such as 0-63 or 1,5,9, got {text!r}")
+            raise ValueError(f"expected {what} such as 0-63 or 1,5,9, got {text!r}")
         span = range(int(first), int(last or first) + 1)
         if not span:
-            raise ValueError(f"expected ranges of seeds to increase, got {part.strip()!r} in {text!r}")
+            raise ValueError(f"expected ranges of {what} to increase, got {part.strip()!r} in {text!r}")
         seeds += span
     if len(set(seeds)) != len(seeds):
-        raise ValueError(f"expected every seed once, got {text!r}")
+        raise ValueError(f"expected {what} that differ, got {text!r}")
     return seeds
 
 
@@ -131,7 +131,8 @@ def sample_seeds(
         sigmas: decreasing levels that end in 0, shape (n + 1,).
         solver: a name of `SOLVERS`.
         jump: where teleport takes the noise first.
-        regrid: whether a jump keeps the number of steps, on a new grid, or drops those before its level.
+        regrid: whether a jump keeps the number of steps, on a new grid, or drops those before its level. From
+            the last level above 0 a single step is left.
         batch_size: images at a time; it does not change them. One at a time where the solver is stochastic.
         class_labels: integers (n,) or one-hot rows (n, classes), one a seed.
         guidance: weight of the conditional denoiser over the unconditional one; 1 is no guidance.
@@ -169,7 +170,7 @@ def sample_seeds(
             noise = noise_of(mine, event_shape)
         x, grid = (float(sigmas[0]) * noise).to(device), sigmas
         if jump is not None and jump.sigma_skip < float(sigmas[0]):
-            steps = len(sigmas) - 1 if regrid else None
+            steps = len(sigmas) - 1 if regrid and jump.sigma_skip > float(sigmas[-2]) else None
             x, grid, history = teleport(
                 jump.gaussian, x, sigmas, sigma_skip=jump.sigma_skip, steps=steps, return_history=True
             )

@@ -184,6 +184,18 @@ def test_counts_are_checked(folder: Path, tmp_path: Path) -> None:
         fid(few, *options(folder, "--ref", folder / "ref.npz", "--num", 40))
 
 
+def test_too_few_images_for_recall_are_refused_before_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("many", 5), ("three", 3)):
+        np.savez(tmp_path / f"{name}.npz", images=pixels(0, count))
+    monkeypatch.delattr(cli_fid, "load_extractor")  # not asked for
+    with pytest.raises(
+        ValueError, match="--data: expected at least 4 images of both for recall, got 5 and 3"
+    ):
+        fid(tmp_path / "many.npz", "--data", tmp_path / "three.npz", "--num", 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -256,6 +256,8 @@ def test_units() -> None:
     [
         ({"solvers": ["fast"]}, "solvers among euler, .*got fast"),
         ({"solvers": ["dpm_v3"]}, "dpm_v3: expected --statistics FILE"),
+        ({"statistics": "heun.safetensors"}, "no --statistics without dpm_v3, got heun.safetensors"),
+        ({"weights": "inception.pth"}, "pixels: expected no --weights, got inception.pth"),
         ({"skips": [2, 18]}, r"skips from 0 to 17, got \[18\]"),
         ({"samples": 1}, "samples >= 2, got 1"),
     ],

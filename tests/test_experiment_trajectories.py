@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, covariance, denoiser, digits, gaussian, mixture, randn, relative_error
+from cases import DTYPES, covariance, denoiser, digits, gaussian, mixture, randn, relative_error, tiny_unet
 from scipy import stats
 from torch import Tensor
 
-from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, euler, heun, karras_sigmas
+from gaussnet import GaussianDenoiser, GaussianMixtureDenoiser, VEPrecond, euler, heun, karras_sigmas
 from gaussnet.data import ImageData
 from gaussnet.experiments import Setting, defaults, run, trajectory_deviation
 from gaussnet.plots import trajectories as plots
@@ -44,6 +44,13 @@ def setting(model: str = "gaussian", **changes: Any) -> Setting:
 def options(**changes: Any) -> Any:
     small = {"trajectories": 5, "steps": 6, "references": ["gaussian"], "check": 0}
     return defaults(trajectory_deviation, **{**small, **changes})
+
+
+def test_levels_are_those_of_the_network(tmp_path: Path) -> None:
+    VEPrecond(tiny_unet()).save_pretrained(tmp_path)
+    rows = trajectory_deviation.measure(setting(str(tmp_path)), options(), "gaussian")
+    levels = {row["sigma"] for row in rows} - {0.0}
+    assert (min(levels), max(levels)) == (pytest.approx(0.02), 80.0)
 
 
 def start(count: int, event: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -388,6 +388,9 @@ def test_learned_variances_and_classes() -> None:
     model = DiffusersDenoiser(tiny_unet(num_class_embeds=3), scheduler)
     assert model(x, 2.0, labels).equal(model(x, 2.0, torch.eye(3)[labels]))
     assert not model(x, 2.0, labels).equal(model(x, 2.0, labels.flip(0)))
+    for rows in (torch.zeros(3, 3), torch.ones(3, 3)):  # no class, and several
+        with pytest.raises(ValueError, match="expected one class in each row of class_labels"):
+            model(x, 2.0, rows)
     plain = DiffusersDenoiser(tiny_unet(), scheduler)
     assert plain(x, 2.0, labels).equal(plain(x, 2.0))
 

@@ -22,12 +22,15 @@ from gaussnet import (
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     MeasuredError,
+    VEPrecond,
     cli_sample,
     count_nfe,
     from_pretrained,
     heun,
+    iDDPMPrecond,
     karras_sigmas,
     open_images,
+    rounded_sigmas,
     teleport,
 )
 from gaussnet.cli import main
@@ -154,6 +157,14 @@ def test_a_gate_that_is_closed_everywhere_jumps_to_the_last_level() -> None:
     assert jump.sigma_skip == float(GRID[-2])
     ((_, images),) = sample_seeds(net, range(2), GRID, jump=jump, regrid=False)
     assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("level", [float(GRID[-2]), 0.001])
+def test_from_the_last_level_a_single_step_is_left(level: float) -> None:
+    jump = Jump(denoiser("gaussian-full", torch.float32), level)
+    moved, grid = teleport(jump.gaussian, 80 * noise_of([3], EVENT), GRID, sigma_skip=level)
+    assert grid.tolist() == [level, 0.0]
+    assert torch.equal(drawn(model(), [3], jump=jump), heun(model(), moved, grid))
 
 
 def test_a_gate_that_stays_open_leaves_the_jump_to_the_model() -> None:
@@ -759,3 +770,21 @@ def test_a_network_of_classes_that_is_told_none(saved: Path, tmp_path: Path, cap
     (record,) = caplog.records
     told = "no class is told to this network of 4 classes: --classes chooses them"
     assert (record.levelname, record.getMessage()) == ("WARNING", told)
+
+
+def test_the_grid_keeps_to_the_levels_of_the_network(tmp_path: Path, monkeypatch: Any) -> None:
+    seen: list[torch.Tensor] = []
+
+    def told(_: Any, seeds: Any, sigmas: torch.Tensor, **options: Any) -> list[Any]:
+        seen.append(sigmas)
+        return []
+
+    monkeypatch.setattr(cli_sample, "sample_seeds", told)
+    options = ["--steps", "5", "--seeds", "0", "--device", "cpu"]
+    for net in (VEPrecond(tiny_unet()), iDDPMPrecond(tiny_unet(out_channels=2), M=40)):
+        folder = tmp_path / type(net).__name__
+        net.save_pretrained(folder)
+        assert main(["sample", str(folder), "--out", str(folder / "images"), *options]) == 0
+        low, high = max(0.002, net.sigma_min), min(80.0, net.sigma_max)
+        assert seen[-1].equal(rounded_sigmas(net, karras_sigmas(5, low, high)))
+        assert low > 0.002, "EDM's level lies below those of the network"

@@ -18,6 +18,7 @@ from gaussnet.samplers import (
     heun,
     ipndm,
     log_snr_sigmas,
+    model_sigmas,
     optimised_sigmas,
     rounded_sigmas,
     vp_sigmas,
@@ -37,6 +38,12 @@ def test_log_snr_is_even_in_log_sigma(n: int, low: float, high: float) -> None:
     ratios = levels[1:-1] / levels[:-2]
     torch.testing.assert_close(ratios, torch.full_like(ratios, (low / high) ** (1 / (n - 1))))
     assert relative_error(karras_sigmas(n, low, high, rho=1e6), levels) < 1e-4, "the limit of Karras' grid"
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, float("inf"), float("nan")])
+def test_impossible_rho(rho: float) -> None:
+    with pytest.raises(ValueError, match=f"expected a finite rho > 0, got {rho}"):
+        karras_sigmas(5, rho=rho)
 
 
 def test_one_step_grids() -> None:
@@ -141,6 +148,16 @@ def test_rounded_levels_come_once() -> None:
     levels = rounded_sigmas(model, karras_sigmas(200, 0.01, 80.0))
     assert len(levels) < 201
     assert check_sigmas(levels) == levels.tolist()
+
+
+@pytest.mark.parametrize("name", ["ve", "iddpm", "edm", "gaussian-full"])
+def test_the_grid_of_a_model_lies_within_its_range(name: str) -> None:
+    model: Any = denoiser(name)
+    levels = model_sigmas(model, 7, 1e-3, 1e3)
+    low, high = getattr(model, "sigma_min", 1e-3), getattr(model, "sigma_max", 1e3)
+    grid = karras_sigmas(7, max(1e-3, low), min(1e3, high))
+    assert levels.equal(rounded_sigmas(model, grid) if name == "iddpm" else grid)
+    assert (name == "ve") == (float(levels[-2]) == 0.02)
 
 
 def test_a_model_of_all_levels_leaves_the_grid() -> None:

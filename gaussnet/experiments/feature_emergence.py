@@ -14,7 +14,6 @@ from torch import Tensor
 from gaussnet.experiments.running import Reading, Row
 from gaussnet.experiments.setting import Setting
 from gaussnet.experiments.shared import in_words, numbers, quartiles, ranges
-from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.plots.emergence import feature_emergence
 from gaussnet.probes.emergence import (
     CRITICAL_SHARES,
@@ -29,7 +28,7 @@ from gaussnet.probes.emergence import (
 )
 from gaussnet.probes.geometry import trajectory_rows
 from gaussnet.probes.trajectories import Trajectory, solver_trajectory
-from gaussnet.samplers import karras_sigmas, rounded_sigmas
+from gaussnet.samplers import model_sigmas
 
 SOURCE = "Fig. 3, 5, Eq. 18-23"
 NEEDS_DATA = True
@@ -216,11 +215,7 @@ def _gains(
 
 def _grid(setting: Setting, options: argparse.Namespace) -> Tensor:
     """EDM's, within what the model was made for."""
-    model = setting.model
-    if not isinstance(model, NetworkDenoiser):
-        return karras_sigmas(options.steps, options.sigma_min, options.sigma_max)
-    low, high = max(options.sigma_min, model.sigma_min), min(options.sigma_max, model.sigma_max)
-    return rounded_sigmas(model, karras_sigmas(options.steps, low, high))
+    return model_sigmas(setting.model, options.steps, options.sigma_min, options.sigma_max)
 
 
 def _place(grid: Tensor, sigma: float) -> int:

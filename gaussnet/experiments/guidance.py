@@ -25,7 +25,7 @@ from gaussnet.probes.trajectories import (
     exact_trajectory,
     solver_trajectory,
 )
-from gaussnet.samplers import SOLVERS, karras_sigmas
+from gaussnet.samplers import SOLVERS, model_sigmas
 from gaussnet.sampling import one_hot
 
 SOURCE = "Fig. 17 B, E, F"
@@ -90,7 +90,7 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
 def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Row]:
     """The rows of `deviation_rows`, with weight, class, reference and kind of analytic trajectory."""
     weight, label = _of(unit)
-    sigmas = karras_sigmas(options.steps)
+    sigmas = model_sigmas(setting.model, options.steps)
     x = float(sigmas[0]) * setting.noise(options.samples, "guidance")  # the same for all classes and weights
     model, references = setting.model, setting.references(options.references)
     guided = GuidedDenoiser(model, model, weight)

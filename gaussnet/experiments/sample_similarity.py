@@ -22,7 +22,7 @@ from gaussnet.metrics.perceptual import DISTANCES, load_distance
 from gaussnet.plots.similarity import sample_similarity
 from gaussnet.probes.pairs import paired_difference
 from gaussnet.probes.trajectories import exact_sample
-from gaussnet.samplers import SOLVERS, karras_sigmas
+from gaussnet.samplers import SOLVERS, model_sigmas
 
 SOURCE = "Fig. 8, 18, Appendix A.3"
 NEEDS_DATA = True
@@ -61,7 +61,7 @@ def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Ro
     """A row each sample, reference and metric; and the first samples themselves, as PNG in base64."""
     seeds = numbers(unit.removeprefix("samples="))
     noise = torch.cat([setting.noise(1, "sample", seed) for seed in seeds])
-    sigmas = karras_sigmas(options.steps)
+    sigmas = model_sigmas(setting.model, options.steps)
     samples = {"model": _sample_model(setting, options, noise, sigmas)}
     for name, reference in setting.references(options.references).items():
         parts = (float(sigmas[0]) * noise).split(setting.batch)

@@ -28,7 +28,7 @@ from gaussnet.experiments.setting import Setting, fingerprint
 from gaussnet.metrics import load_extractor
 from gaussnet.plots.teleport import teleport_quality
 from gaussnet.probes.quality import SkippedRun, distances, features_of, skipped_run
-from gaussnet.samplers import SOLVERS, ModelStatistics, karras_sigmas
+from gaussnet.samplers import SOLVERS, ModelStatistics, model_sigmas
 
 SOURCE = "Fig. 14, 16, 29; Tables 1, 4-6"
 NEEDS_DATA = True
@@ -71,6 +71,10 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         raise ValueError(f"expected solvers among {', '.join(SOLVERS)}, got {', '.join(unknown)}")
     if "dpm_v3" in options.solvers and options.statistics is None:
         raise ValueError("dpm_v3: expected --statistics FILE, as `gaussnet sample` saves it, got none")
+    if "dpm_v3" not in options.solvers and options.statistics is not None:
+        raise ValueError(f"expected no --statistics without dpm_v3, got {options.statistics}")
+    if options.features == "pixels" and options.weights is not None:
+        raise ValueError(f"pixels: expected no --weights, got {options.weights}")
     skips = options.skips or [skip for skip in PAPER_SKIPS if skip < options.steps]
     wrong = sorted(skip for skip in skips if not 0 <= skip < options.steps)
     if wrong:
@@ -191,7 +195,7 @@ def _run(setting: Setting, options: argparse.Namespace, solver: str, skip: int) 
         setting.model,
         setting.gaussian,
         range(first, first + options.samples),
-        karras_sigmas(options.steps),
+        model_sigmas(setting.model, options.steps),
         skip,
         solver=solver,
         regrid=options.regrid,

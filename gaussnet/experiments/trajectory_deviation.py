@@ -22,7 +22,7 @@ from gaussnet.probes.trajectories import (
     exact_trajectory,
     solver_trajectory,
 )
-from gaussnet.samplers import SOLVERS, karras_sigmas
+from gaussnet.samplers import SOLVERS, model_sigmas
 
 SOURCE = "Fig. 7, 15, Eq. 15, 16, Appendix A.4"
 NEEDS_DATA = True
@@ -54,7 +54,7 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
 
 def measure(setting: Setting, options: argparse.Namespace, unit: str) -> list[Row]:
     """The rows of `deviation_rows`; `check` is the largest difference of a pixel from scipy's solution."""
-    sigmas = karras_sigmas(options.steps)
+    sigmas = model_sigmas(setting.model, options.steps)
     reference = setting.reference(unit)
     x = float(sigmas[0]) * setting.noise(options.trajectories, "trajectories")
     found: list[dict[str, torch.Tensor]] = []

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from gaussnet.denoisers import Denoiser
 from gaussnet.hub import build, describe
 from gaussnet.network_denoiser import NetworkDenoiser
-from gaussnet.numerics import Sigma, as_sigma, expand_as_event, result_dtype
+from gaussnet.numerics import Sigma, as_sigma, expand_as_event, known_true, result_dtype
 from gaussnet.schedules import DiscreteSchedule
 
 try:  # by name: a type checker would take the module beside this one for it
@@ -210,6 +210,11 @@ class DiffusersDenoiser(NetworkDenoiser):
             extra["encoder_hidden_states"] = self.encoder_hidden_states.to(dtype).expand(len(x), -1, -1)
         if class_labels is not None and getattr(self.model, "class_embedding", None) is not None:
             rows = class_labels.ndim > len(batch_shape)
+            if rows and known_true((class_labels.count_nonzero(-1) != 1).any()):  # argmax would be some class
+                raise ValueError(
+                    "expected one class in each row of class_labels, got rows with none or several: "
+                    "networks of diffusers know no zeros for no class"
+                )
             extra["class_labels"] = class_labels.argmax(-1) if rows else class_labels
         output = self.model((c_in * x).to(dtype), label, **extra).sample.to(x.dtype)
         return c_skip * x + c_out * output[:, : x.shape[1]]

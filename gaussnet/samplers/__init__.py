@@ -9,7 +9,13 @@ from gaussnet.samplers.inpainting import inpainting_start
 from gaussnet.samplers.model_statistics import ModelStatistics, compute_ems
 from gaussnet.samplers.optimised import optimised_sigmas
 from gaussnet.samplers.reference import dop853
-from gaussnet.samplers.schedules import karras_sigmas, log_snr_sigmas, rounded_sigmas, vp_sigmas
+from gaussnet.samplers.schedules import (
+    karras_sigmas,
+    log_snr_sigmas,
+    model_sigmas,
+    rounded_sigmas,
+    vp_sigmas,
+)
 from gaussnet.samplers.solvers import ddim, dpmpp_2s, edm_stochastic, euler, heun
 from gaussnet.samplers.stepping import Callback, History, Solver, count_nfe
 from gaussnet.samplers.teleport import afs, teleport, warm_start
@@ -58,6 +64,7 @@ __all__ = [
     "ipndm",
     "karras_sigmas",
     "log_snr_sigmas",
+    "model_sigmas",
     "optimised_sigmas",
     "pndm",
     "rounded_sigmas",

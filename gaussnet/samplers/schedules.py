@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussnet.denoisers import Denoiser
 from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.schedules import DiscreteSchedule
 
@@ -33,15 +34,15 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
         float64 tensor of shape (n + 1,).
 
     Raises:
-        ValueError: if n < 1, not 0 < sigma_min < sigma_max, or rho <= 0.
+        ValueError: if n < 1, not 0 < sigma_min < sigma_max, or rho is not finite and positive.
 
     Example:
         >>> [round(sigma, 3) for sigma in karras_sigmas(4).tolist()]
         [80.0, 9.723, 0.47, 0.002, 0.0]
     """
     _check_ends(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"expected rho > 0, got {rho}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"expected a finite rho > 0, got {rho}")
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64) ** (1 / rho)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     return _with_ends(torch.lerp(ends[0], ends[1], ramp) ** rho, sigma_min, sigma_max)
@@ -146,6 +147,38 @@ def rounded_sigmas(model: NetworkDenoiser, sigmas: Tensor) -> Tensor:
     """
     levels = model.round_sigma(torch.tensor(check_sigmas(sigmas), dtype=torch.float64))
     return torch.unique_consecutive(levels)
+
+
+def model_sigmas(
+    model: Denoiser, n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """`karras_sigmas` within the levels that a model was made for, rounded to those that it knows.
+
+    So EDM samples from its discrete models and from those of other ranges. Analytic denoisers take any level.
+
+    Args:
+        model: the denoiser to sample from.
+        n: number of levels above 0; fewer come back where the model knows fewer.
+        sigma_min: the last level above 0, or the network's lowest if that is higher.
+        sigma_max: the first level, or the network's highest if that is lower.
+        rho: as of `karras_sigmas`.
+
+    Returns:
+        float64 tensor of shape (m + 1,), m <= n.
+
+    Raises:
+        ValueError: as of `karras_sigmas`.
+
+    Example:
+        >>> from gaussnet import MLP, VEPrecond
+        >>> model = VEPrecond(MLP(4, in_channels=1, out_channels=1, model_channels=8))
+        >>> [round(sigma, 3) for sigma in model_sigmas(model, 3).tolist()]
+        [80.0, 4.096, 0.02, 0.0]
+    """
+    if not isinstance(model, NetworkDenoiser):
+        return karras_sigmas(n, sigma_min, sigma_max, rho)
+    low, high = max(sigma_min, model.sigma_min), min(sigma_max, model.sigma_max)
+    return rounded_sigmas(model, karras_sigmas(n, low, high, rho))
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:
