@@ -106,6 +106,23 @@ def test_the_best_model_goes_along_unless_errors_are_others(whole: Path, tmp_pat
     assert steps["other"] == {6}, "errors around another Gaussian are not compared with"
 
 
+def test_fewer_steps_than_the_checkpoint_has_are_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected train.steps >= 4, as in .*step-000000004, got 3"):
+        train.__main__.fork(small(whole, "train.steps=3"), str(tmp_path / "fork"))
+    assert not (tmp_path / "fork").exists()
+
+
+def test_distances_by_another_extractor_stay_behind(whole: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(whole, start)
+    (start / "frechet.csv").write_text("step,frechet,samples,NFE\n4,1.0,16,35\n")
+    for override, goes in (("train.lr=1e-6", True), ("frechet.extractor=timm:resnet18", False)):
+        to = tmp_path / override
+        train.__main__.fork(small(start, "train.steps=6", override), str(to))
+        assert (to / "frechet.csv").is_file() == goes, override
+        assert (to / "heldout.csv").is_file()
+
+
 def test_a_network_of_another_shape_says_what_to_remove(whole: Path, tmp_path: Path) -> None:
     config = small(whole, "train.steps=6", "network.arguments.model_channels=16")
     message = rf"size mismatch.*; remove {tmp_path}/fork before another --fork"

@@ -149,6 +149,7 @@ def test_overrides_win_over_the_file() -> None:
         ("probe.sigmas=[0.1,-1]", r"probe\.sigmas"),
         ("report.skips=[0,18]", r"report\.skips: expected between 0 and sample_steps - 1 = 17"),
         ("seed=-1", r"seed"),
+        ("seed=4294967296", r"seed: expected in \[0, 2\^32\), got 4294967296"),
         ("precond=edm loss.sigma_max=3", r"loss\.sigma_max: expected null with precond=edm.*got 3"),
         ("data.split_seed=-1", r"data\.split_seed: expected >= 0, got -1"),
         ("data.scaling=0.5", r'data\.scaling: expected null, "none", or two numbers, got 0\.5'),

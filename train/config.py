@@ -350,7 +350,7 @@ class Config:
     def __post_init__(self) -> None:
         for key, value in _leaves(self):
             expect(key, value, not isinstance(value, float) or math.isfinite(value), "a finite number")
-        expect("seed", self.seed, self.seed >= 0, ">= 0")
+        expect("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")  # NumPy takes no others
         whole = self.loss.sigma_max is None or self.precond is not Precond.edm
         expect("loss.sigma_max", self.loss.sigma_max, whole, "null with precond=edm, which has no Gaussian")
         needs = self.bypass.gaussian is BypassGaussian.classes or self.loss.label_dropout > 0

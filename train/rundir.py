@@ -185,14 +185,19 @@ class RunFolder:
         With other images, fits or held-out measurements, tables and best model stay behind.
 
         Raises:
-            ConfigError: if there is nothing to go on from, something in the other folder, or another
-                optimizer asked for.
+            ConfigError: if there is nothing to go on from, something in the other folder, fewer steps than
+                it has behind it, or another optimizer asked for.
         """
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
             raise ConfigError(f"--fork: expected a checkpoint in {self.checkpoints}, got none")
         if other.path.exists():
             raise ConfigError(f"--fork: expected a new folder, got {other.path}, which exists")
+        step = _step_of(checkpoint)
+        if config.train.steps < step:
+            raise ConfigError(
+                f"--fork: expected train.steps >= {step}, as in {checkpoint}, got {config.train.steps}"
+            )
         changed = differences(self.config.read_text(), config) if self.config.is_file() else []
         check_optimizer(changed)
         aside = other.path.with_name(other.path.name + ".partial")
@@ -205,11 +210,13 @@ class RunFolder:
         same = self.config.is_file() and not any(
             line.startswith(("data.", "fit.", "heldout.queries", "heldout.sigmas")) for line in changed
         )
-        for table in (self.metrics, *(self.tables if same else ())):  # errors on other images do not go on
-            if table.is_file():
-                shutil.copy(table, aside / table.name)
+        tables = {self.metrics, *(self.tables if same else ())}  # errors on other images do not go on
+        if any(line.startswith("frechet.extractor") for line in changed):  # nor do distances of others
+            tables -= {self.frechet}
+        for table in filter(Path.is_file, tables):
+            shutil.copy(table, aside / table.name)
         # One that is later than the checkpoint is not of what goes on.
-        if same and self.best.is_dir() and self.best_saved()[0] <= _step_of(checkpoint):
+        if same and self.best.is_dir() and self.best_saved()[0] <= step:
             shutil.copytree(self.best, aside / self.best.name)
         write_atomically(aside / self.config.name, to_yaml(config))
         aside.rename(other.path)
