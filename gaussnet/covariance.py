@@ -95,7 +95,7 @@ class Covariance(nn.Module):
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, f: Callable[..., Any], u: Tensor | None = None
     ) -> Tensor | Self:
-        """f(Sigma) u, computed in the dtype of `u`.
+        """f(Sigma) u, computed in the dtype of `u`, under autocast too.
 
         (Without `u` this is `nn.Module.apply`, which a parent module calls on all of its children.)
 
@@ -112,11 +112,12 @@ class Covariance(nn.Module):
             return super().apply(f)
         if self.rank == 0:
             return f(self._tail(u.dtype)) * u
-        coefficients = self.to_basis(u)
-        if self.rank == self.dim:
-            return self.from_basis(f(self.eigvals.to(u.dtype)) * coefficients)
-        f_tail = f(self._tail(u.dtype))
-        return f_tail * u + self.from_basis((f(self.eigvals.to(u.dtype)) - f_tail) * coefficients)
+        with full_precision(u.device.type):
+            coefficients = self.to_basis(u)
+            if self.rank == self.dim:
+                return self.from_basis(f(self.eigvals.to(u.dtype)) * coefficients)
+            f_tail = f(self._tail(u.dtype))
+            return f_tail * u + self.from_basis((f(self.eigvals.to(u.dtype)) - f_tail) * coefficients)
 
     def to_basis(self, u: Tensor) -> Tensor:
         """U^T u: the coefficients (*batch, r) of vectors (*batch, D)."""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers import GaussianDenoiser
+from gaussnet.numerics import result_dtype
 from gaussnet.schedules import EDMSchedule, Schedule, Time, derivative
 
 _TINY = torch.finfo(torch.float64).tiny  # keeps 0 / 0, where neither data nor noise vary, from NaN
@@ -80,10 +81,10 @@ class GaussianFlow:
             t: the time to go to.
 
         Returns:
-            States at time t, of the shape of `x`.
+            States at time t, of the shape of `x`, in its dtype, but at least float32.
         """
         (alpha_from, level_from), (alpha_to, level_to) = self._scaled(start), self._scaled(t)
-        return alpha_to * self.gaussian.flow(x / alpha_from, level_from, level_to)
+        return alpha_to * self.gaussian.flow(x.to(result_dtype(x)) / alpha_from, level_from, level_to)
 
     def denoised(self, x: Tensor, start: Time, t: Time) -> Tensor:
         """D(x_t) along the trajectory from x at time `start`: Eq. 16, 20."""
@@ -92,7 +93,7 @@ class GaussianFlow:
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
         """dx/dt of the probability-flow ODE at (x, t) (Eq. 61-63), through the score of the Gaussian."""
-        time = torch.as_tensor(t, dtype=torch.float64)
+        x, time = x.to(result_dtype(x)), torch.as_tensor(t, dtype=torch.float64)
         alpha, alpha_dot = derivative(self.schedule.alpha, time)
         sigma, sigma_dot = derivative(self.schedule.sigma, time)
         level = sigma / alpha
@@ -119,6 +120,7 @@ class GaussianFlow:
 
         With alpha_T = 0 this is alpha_t x_0 + sigma_t x_T (Eq. 22).
         """
+        x = x.to(result_dtype(x))
         x_0 = self.state(x, start, self.schedule.time(0.0))
         ratio = float(self.schedule.sigma(t) / self.schedule.sigma(start))
         along = float(self.schedule.alpha(t) - self.schedule.alpha(start) * ratio)

@@ -230,9 +230,11 @@ class Pretrained(
         seen: set[int] = set()
         for name, tensor in self.state_dict().items():
             tensor = tensor.detach().contiguous()
-            # A part that is in two places is written twice: safetensors refuses memory that is shared.
-            tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
+            # What is in two places, such as slices of one array, is written twice: safetensors refuses
+            # memory that is shared.
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
         save_file(tensors, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -196,3 +196,13 @@ BASIS = torch.eye(3)
 def test_impossible_arguments(eigvecs: Tensor, eigvals: Tensor, tail: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Covariance(eigvecs, eigvals, tail)
+
+
+@pytest.mark.parametrize("rank", [5, 2])
+def test_autocast_rounds_nothing(rank: int) -> None:
+    cov = Covariance(orthogonal(5)[:, :rank].float(), torch.rand(rank) + 0.5, tail=0.1)
+    u = randn(3, 5, dtype=torch.float32)
+    expected, dense = cov.apply(torch.sqrt, u), cov.dense()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(cov.apply(torch.sqrt, u), expected, rtol=0, atol=0)
+        torch.testing.assert_close(cov.dense(), dense, rtol=0, atol=0)

@@ -22,6 +22,7 @@ from cases import (
     train_digits,
 )
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from gaussnet import Covariance, GaussianDenoiser, GaussianMixtureDenoiser
 from gaussnet.fit import MixtureFit, fit_covariance, fit_mixture, kmeans_labels, mixtures
@@ -643,3 +644,12 @@ def test_equal_isotropic_components() -> None:
     torch.testing.assert_close(single(x, 0.5), one(x, 0.5))
     with pytest.raises(ValueError, match="finite eigenvalues >= 0"):
         GaussianMixtureDenoiser.equal_isotropic(means, -1.0)
+
+
+def test_a_loader_that_shuffles_has_no_labels_or_groups_beside_it() -> None:
+    labels = torch.arange(8) % 2
+    loader = DataLoader(TensorDataset(labels[:, None].float()), 4, shuffle=True)
+    cases: list[dict[str, Any]] = [{"labels": labels}, {"n_components": 2, "groups": labels}]
+    for own in cases:
+        with pytest.raises(ValueError, match="groups or labels, got a DataLoader that shuffles"):
+            fit_mixture(loader, **own)

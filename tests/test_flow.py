@@ -191,3 +191,14 @@ def test_without_variance_and_noise_nothing_is_undefined(name: str) -> None:
     torch.testing.assert_close(flow.propagate(change, end), change)  # it is the sample's already
     torch.testing.assert_close(flow.gain(end, lam), torch.ones(2).double())
     torch.testing.assert_close(flow.rotation_remainder(end, lam), torch.zeros(2).double())
+
+
+@schedules
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_only_that_of_the_input(name: str, dtype: torch.dtype) -> None:
+    schedule, start, end = SCHEDULES[name]
+    flow = GaussianFlow(gaussian(3), schedule)
+    x = torch.linspace(-2, 2, 2 * DIM).reshape(2, 1, 2, 3).to(dtype)
+    for method in (flow.state, flow.denoised, flow.rotation):
+        torch.testing.assert_close(method(x, start, end), method(x.float(), start, end), rtol=0, atol=0)
+    torch.testing.assert_close(flow.velocity(x, start), flow.velocity(x.float(), start), rtol=0, atol=0)

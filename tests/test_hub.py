@@ -25,6 +25,7 @@ from gaussnet import (
     Gate,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    GuidedDenoiser,
     from_pretrained,
 )
 from gaussnet.hub import build, describe, register
@@ -361,3 +362,11 @@ def test_describe_and_build_are_inverse() -> None:
     assert describe(build(describe(gate))) == describe(gate)
     with pytest.raises(ValueError, match="mapping with class_name and arguments, got 3"):
         build(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_slices_of_one_array_are_saved_each(tmp_path: Path) -> None:
+    data = torch.linspace(-1, 1, 12).reshape(6, 2)
+    guided = GuidedDenoiser(DeltaDenoiser(data[3:]), DeltaDenoiser(data), w=2.0)
+    guided.save_pretrained(tmp_path)
+    x = torch.zeros(1, 2)
+    assert torch.equal(gaussnet.from_pretrained(tmp_path)(x, 0.5), guided(x, 0.5))

@@ -306,3 +306,20 @@ def test_rows_that_are_not_one_hot_are_errors() -> None:
     rows[1, 5] = 1
     with pytest.raises(ValueError, match=r"expected one-hot class_labels, .* several non-zero entries"):
         labelled(x, 0.5, rows)
+
+
+def test_autocast_rounds_neither_mean_nor_variance() -> None:
+    m = GaussianMixtureDenoiser.equal_isotropic(randn(3, 6, dtype=torch.float32), 0.1)
+    mean, variance = m.mean, m.variance
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close((m.mean, m.variance), (mean, variance), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weights", [[2, 3], [0.4, 0.6]], ids=["counts", "float32"])
+@dtypes
+def test_weights_and_covariances_may_have_another_dtype(weights: list[float], dtype: torch.dtype) -> None:
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=dtype)
+    one = Covariance(torch.eye(2, dtype=torch.float64)[:, :1], torch.ones(1, dtype=torch.float64), tail=0.5)
+    m = GaussianMixtureDenoiser(torch.tensor(weights), means, [one, one])
+    torch.testing.assert_close(m.variance, means.new_tensor((1 + 0.5 + 0.96) / 2))
+    assert m.weights.dtype == m.tails.dtype == dtype

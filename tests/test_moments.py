@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import randn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from gaussnet.fit import Moments, fit_class_moments, fit_moments, merge_all, streams
 
@@ -387,7 +387,17 @@ DATA_SET = cast("Any", TensorDataset(IMAGES))
         (
             lambda: fit_moments(DataLoader(DATA_SET, 2, shuffle=True), 2, LABELS),
             ValueError,
-            "samples in the order of their groups, got a DataLoader that shuffles",
+            "samples in the order of their groups or labels, got a DataLoader that shuffles",
+        ),
+        (
+            lambda: fit_moments(DataLoader(DATA_SET, 2, sampler=SubsetRandomSampler(range(6))), 2, LABELS),
+            ValueError,
+            "got a DataLoader that shuffles",
+        ),
+        (
+            lambda: streams.subsample(DataLoader(DATA_SET, 2, shuffle=True), 3, LABELS),
+            ValueError,
+            "order of their groups or labels, got a DataLoader that shuffles",
         ),
         (lambda: fit_moments(IMAGES, 2, LABELS[:4]), ValueError, r"groups to be 6 integers.*shape \(4,\)"),
         (lambda: fit_moments(IMAGES, 2, LABELS.float()), ValueError, "6 integers.*torch.float32"),

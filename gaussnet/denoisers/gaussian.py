@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gaussnet.covariance import CosineCovariance, Covariance, SpectralFunction
+from gaussnet.covariance import CosineCovariance, Covariance
 from gaussnet.denoisers.base import Denoiser
 from gaussnet.fit import Data, fit_covariance
 from gaussnet.hub import record
@@ -30,7 +30,6 @@ from gaussnet.numerics import (
     check_event,
     check_floating,
     compute_dtype,
-    full_precision,
     level_dtype,
     result_dtype,
     wide_dtype,
@@ -192,12 +191,12 @@ class GaussianDenoiser(Denoiser):
             ValueError: if a shape does not fit, or sigma is not finite and positive.
         """
         u, level = self._centre(x, sigma, dtype)
-        return self._spectral(lambda lam: f(lam, level), u).reshape(x.shape)
+        return self.covariance.apply(lambda lam: f(lam, level), u).reshape(x.shape)
 
     def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """Log p(x; sigma) of N(mu, Sigma + sigma^2 I), (*batch,); arguments and errors as in `forward`."""
         u, level = self._centre(x, sigma, wide_dtype(x.device))
-        mahalanobis = (u * self._spectral(lambda lam: 1 / (lam + level**2), u)).sum(-1)
+        mahalanobis = (u * self.covariance.apply(lambda lam: 1 / (lam + level**2), u)).sum(-1)
         logdet = self.covariance.trace(lambda lam: torch.log(lam + level**2), u.dtype)
         dim = self.covariance.dim
         return (-0.5 * (mahalanobis + logdet + dim * math.log(2 * math.pi))).to(result_dtype(x))
@@ -221,7 +220,7 @@ class GaussianDenoiser(Denoiser):
         u, start = self._centre(x, sigma_from, wide_dtype(x.device))
         batch_shape = tuple(u.shape[:-1])
         end = as_sigma(sigma_to, x, batch_shape, u.dtype, zero_ok=True)[..., None]
-        moved = self._spectral(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u)
+        moved = self.covariance.apply(lambda lam: torch.sqrt((lam + end**2) / (lam + start**2)), u)
         return (self.mean + moved.reshape(x.shape)).to(result_dtype(x))
 
     def sample(self, n: int, sigma: Sigma = 0.0, generator: torch.Generator | None = None) -> Tensor:
@@ -240,7 +239,7 @@ class GaussianDenoiser(Denoiser):
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         noise = torch.randn(n, self.covariance.dim, generator=generator, dtype=dtype, device=self.mean.device)
         level = as_sigma(sigma, noise, (n,), dtype, zero_ok=True)[..., None]
-        draws = self._spectral(lambda lam: torch.sqrt(lam + level**2), noise)
+        draws = self.covariance.apply(lambda lam: torch.sqrt(lam + level**2), noise)
         return self.mean.to(dtype) + draws.reshape(n, *self.event_shape)
 
     def bayes_error(self, sigma: Sigma) -> Tensor:
@@ -289,7 +288,3 @@ class GaussianDenoiser(Denoiser):
         level = as_sigma(sigma, x, batch_shape, dtype)[..., None]
         u = x.to(dtype) - self.mean.to(dtype)
         return u.reshape(*batch_shape, self.covariance.dim), level
-
-    def _spectral(self, f: SpectralFunction, u: Tensor) -> Tensor:
-        with full_precision(u.device.type):
-            return self.covariance.apply(f, u)

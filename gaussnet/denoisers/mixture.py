@@ -105,7 +105,7 @@ class GaussianMixtureDenoiser(Denoiser):
             eigvecs[k, : covariance.rank] = covariance.eigvecs.mT
             eigvals[k] = covariance.tail
             eigvals[k, : covariance.rank] = covariance.eigvals
-        self.register_buffer("weights", weights / weights.sum())
+        self.register_buffer("weights", (weights / weights.sum()).to(means))
         self.register_buffer("means", means)
         self.register_buffer("eigvecs", eigvecs)
         self.register_buffer("eigvals", eigvals)
@@ -114,7 +114,7 @@ class GaussianMixtureDenoiser(Denoiser):
         projections = torch.einsum("krd,kd->kr", eigvecs.to(wide), offsets)
         self.register_buffer("projections", projections.to(means.dtype))
         self.register_buffer("ranks", ranks)
-        self.register_buffer("tails", torch.stack([covariance.tail for covariance in covariances]))
+        self.register_buffer("tails", torch.stack([covariance.tail.to(means) for covariance in covariances]))
         self.register_buffer("component_labels", class_labels)
 
     @classmethod
@@ -200,7 +200,8 @@ class GaussianMixtureDenoiser(Denoiser):
         dim = self.event_shape.numel()
         inside = self.eigvals.sum(-1) + (dim - self.eigvals.shape[1]) * self.tails  # padded by the tail
         between = ((self.means - self.mean) ** 2).flatten(1).sum(-1)
-        return self.weights @ (inside + between) / dim
+        with full_precision(self.means.device.type):
+            return self.weights @ (inside + between) / dim
 
     @property
     def n_components(self) -> int:
@@ -274,7 +275,8 @@ class GaussianMixtureDenoiser(Denoiser):
         return (error < _RESOLVED).all()
 
     def _centre(self, dtype: torch.dtype) -> Tensor:
-        return self.weights.to(dtype) @ self.means.to(dtype).flatten(1)
+        with full_precision(self.means.device.type):
+            return self.weights.to(dtype) @ self.means.to(dtype).flatten(1)
 
     def _logits(
         self, flat: Tensor, level: Tensor, class_labels: Tensor | None

@@ -30,7 +30,6 @@ from torch import Tensor
 from gaussnet.denoisers.gaussian import GaussianDenoiser
 from gaussnet.denoisers.patch import LocalDenoiser, LocalSum
 from gaussnet.hub import build, describe
-from gaussnet.numerics import full_precision
 
 
 class PCALocalDenoiser(LocalDenoiser):
@@ -91,8 +90,7 @@ class PCALocalDenoiser(LocalDenoiser):
         """M of (2) as flags, (*shape of sigma, D, D): row i holds what coordinate i sees."""
         eye = torch.eye(self.event_shape.numel(), dtype=sigma.dtype, device=sigma.device)
         variance = sigma[..., None, None] ** 2
-        with full_precision(sigma.device.type):
-            wiener = self.gaussian.covariance.apply(lambda lam: lam / (lam + variance), eye)  # (1)
+        wiener = self.gaussian.covariance.apply(lambda lam: lam / (lam + variance), eye)  # (1)
         diagonal = wiener.diagonal(dim1=-2, dim2=-1)[..., None]
         return wiener.abs() >= self.threshold * diagonal  # (2)
 

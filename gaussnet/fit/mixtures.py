@@ -27,7 +27,7 @@ from gaussnet.fit.selection import held_out
 from gaussnet.fit.shrinkage import FOLDS, truncate
 from gaussnet.fit.solvers import Axes, gram_axes
 from gaussnet.fit.spectrum import check_options, fit_covariance, fit_moments_covariance, split_rank
-from gaussnet.fit.streams import Data, as_tensor, batches, check_labels, check_mirror
+from gaussnet.fit.streams import Data, as_tensor, batches, check_labels, check_mirror, check_order
 
 FLOOR = 1e-6  # of the mean variance per dimension: the least variance in expectation maximisation
 _ABSENT = 1e-12  # responsibility below which a sample does not count for a component
@@ -101,7 +101,7 @@ def fit_mixture(
         TypeError: if a batch is neither a tensor nor an array.
         ValueError: if not exactly one of `n_components` and classes is given, they do not fit the data, a
             class has fewer than two samples, `em_steps` come with `labels`, a share with `select` or
-            `em_steps`, or as in `fit_covariance`.
+            `em_steps`, for a DataLoader that shuffles, with groups or labels, or as in `fit_covariance`.
 
     Example:
         >>> data, labels = torch.tensor([[0.0], [2.0], [5.0], [7.0]]), torch.tensor([0, 0, 1, 1])
@@ -133,6 +133,8 @@ def fit_mixture(
                 f"groups, select and em_steps need an array of samples, got {type(data).__name__}"
             )
         return _fit_stream(data, rank, mirror, options)
+    if groups is not None or labels is not None:
+        check_order(data)
     samples = _in_memory(data)
     if samples.ndim < 2 or not len(samples):
         raise ValueError(f"expected data of shape (N, *event_shape) with N >= 1, got {tuple(samples.shape)}")

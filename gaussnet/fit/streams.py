@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import Dataset, IterableDataset, RandomSampler
+from torch.utils.data import (
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from tqdm import tqdm
 
 Data = Tensor | np.ndarray | Iterable[Any]
 """Samples: (N, *event_shape), a tensor, array or memory map; or an iterable of such batches, or of tuples of
 which they are the first entry, such as a DataLoader of images and labels."""
 
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _CHUNK = 2**25  # elements converted to float64 at a time: 256 MB
 
 
@@ -63,14 +70,15 @@ def check_groups(count: int, seen: int, ended: bool = True) -> None:
 
 
 def check_order(data: Data) -> None:
-    """Refuses a DataLoader that shuffles: which of its samples is whose, nothing tells.
+    """Refuses a DataLoader that shuffles: which of its samples is which, nothing tells.
 
     Raises:
         ValueError: if it does.
     """
-    if isinstance(getattr(data, "sampler", None), RandomSampler):
+    if isinstance(getattr(data, "sampler", None), _SHUFFLING):
         raise ValueError(
-            f"expected samples in the order of their groups, got a {type(data).__name__} that shuffles"
+            "expected samples in the order of their groups or labels, "
+            f"got a {type(data).__name__} that shuffles"
         )
 
 
@@ -159,7 +167,7 @@ def subsample(
     Args:
         data: as everywhere in `gaussnet.fit`.
         count: how many to keep; all of them, in their order, if there are no more.
-        labels: integer classes (N,).
+        labels: integer classes (N,), in the order of the data.
         generator: draws the samples.
 
     Returns:
@@ -167,8 +175,11 @@ def subsample(
 
     Raises:
         TypeError: as of `batches`.
-        ValueError: if there are no data, their shapes differ, or the labels do not fit them.
+        ValueError: if there are no data, their shapes differ, the labels do not fit them, or for a DataLoader
+            that shuffles, with labels.
     """
+    if labels is not None:
+        check_order(data)
     device = torch.device("cpu") if generator is None else generator.device
     if isinstance(data, (Tensor, np.ndarray)):
         size = len(data)
