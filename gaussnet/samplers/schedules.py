@@ -173,7 +173,7 @@ def model_sigmas(
         >>> from gaussnet import MLP, VEPrecond
         >>> model = VEPrecond(MLP(4, in_channels=1, out_channels=1, model_channels=8))
         >>> [round(sigma, 3) for sigma in model_sigmas(model, 3).tolist()]
-        [80.0, 4.096, 0.02, 0.0]
+        [80.0, 4.046, 0.02, 0.0]
     """
     if not isinstance(model, NetworkDenoiser):
         return karras_sigmas(n, sigma_min, sigma_max, rho)
