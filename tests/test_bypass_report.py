@@ -2,8 +2,9 @@
 
 import math
 import os
-import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,23 +141,22 @@ def test_a_run_is_done_by_one_process_and_taken_over_from_a_dead_one(tmp_path: P
 
 
 def test_a_lock_is_claimed_by_one_of_many(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from bypass_ablation import claim; print(claim(pathlib.Path(sys.argv[1])))"
-    code += "; sys.stdout.flush(); sys.stdin.read()"  # lives until all have tried
-    variables = os.environ | {"PYTHONPATH": str(Path(bypass_tables.__file__).parent)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "lock")],
-            env=variables,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for _ in range(3)
-    ]
-    answers = [process.stdout.readline().strip() for process in processes if process.stdout is not None]
-    for process in processes:
-        process.communicate()
-    assert sorted(answers) == ["False", "False", "True"]
+    together = threading.Barrier(
+        8
+    )  # each opens the folder anew, so they lock one another out as processes do
+
+    def one(lock: Path) -> bool:
+        together.wait()
+        return claim(lock)
+
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(30):
+            folder = tmp_path / str(attempt)
+            folder.mkdir()
+            assert sum(pool.map(one, [folder / "lock"] * 8)) == 1
+    (tmp_path / "lock").write_text("99999999")  # of a process that is gone
+    assert claim(tmp_path / "lock")
+    assert (tmp_path / "lock").read_text() == str(os.getpid())
 
 
 def test_runs_without_a_rate_are_told(tables: Path) -> None:

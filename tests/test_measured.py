@@ -14,7 +14,8 @@ LEVELS = [0.02, 0.1, 0.5, 2.0, 20.0]
 
 
 def fitted(denoiser: Any, heldout: Any, **options: Any) -> MeasuredError:
-    return MeasuredError.fit(denoiser, heldout, LEVELS, generator=torch.Generator().manual_seed(0), **options)
+    generator = torch.Generator().manual_seed(0)
+    return MeasuredError.fit(denoiser, heldout, generator=generator, **{"sigmas": LEVELS, **options})
 
 
 def blended(denoiser: Any, x: Tensor, sigma: float, share: float) -> Tensor:
@@ -120,9 +121,13 @@ def test_of_pixels_with_two_values_the_loss_weight_is_finite(dtype: torch.dtype)
     # At low noise, marginals make no error at all on them.
     images = torch.where(digits()[0] > 0, 1.0, -1.0).to(dtype)
     train, heldout = images[:1400], images[1400:]
-    model = BypassPrecond.fit(tiny_unet(in_channels=3), train, heldout, gate=None).to(dtype)
-    assert model.error is not None
-    assert float(model.error(0.01)[2]) == 0
+    gaussian = GaussianDenoiser.fit(train)
+    other = MarginalDenoiser.fit(train, gaussian)
+    error = fitted(gaussian, heldout, other=other, sigmas=[0.002, 0.02, 0.2, 2.0], n_queries=400)
+    model = BypassPrecond(
+        tiny_unet(in_channels=3), gaussian, base="marginal", marginals=other.marginals, error=error
+    ).to(dtype)
+    assert float(error(0.01)[2]) == 0
     sigma = torch.logspace(-2.7, 1, 16, dtype=dtype)
     x = heldout[:16] + sigma[:, None, None, None] * randn(16, 1, 8, 8).to(dtype)
     weight = model.weight(sigma)
