@@ -253,7 +253,7 @@ def test_groups_of_streamed_images(
     assert 'solver="krylov" needs a tensor or array of all samples' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_share_a_fit(tmp_path: Path, grouped: bool) -> None:
     groups = torch.arange(1797) // 60 if grouped else None
     with socket.socket() as probe:

@@ -356,6 +356,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(folder: Path, tmp_path: Path) -> None:
     multiprocessing.spawn(share, (str(folder), str(tmp_path), free_ports(3)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     for name, against in (("ref", folder / "ref.npz"), ("data", folder / "data.npz")):
