@@ -5,7 +5,7 @@
 # make docs   builds the documentation into build/site; warnings are errors
 # make dist   builds wheel and sdist into dist/, checks them, and runs the quickstart from the installed wheel
 # make test-oldest  runs the tests with the oldest PyTorch of pyproject.toml, in build/oldest
-# make bench  measures what the README promises, in 20 minutes on two quiet cores (make bench-full: in hours);
+# make bench  measures what the README promises, in about 20 minutes on two quiet cores (make bench-full: in hours);
 #             with MNIST=FOLDER EMOJI=ZIP EDM=CHECKOUT MODEL=RUN all of it
 
 PYTHON ?= python3
