@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gaussnet import GaussianDenoiser
+from gaussnet import GaussianDenoiser, ImageData
 from gaussnet.experiments import Setting, defaults, learning_dynamics, run
 from gaussnet.plots.runs import dynamics_panels
 from gaussnet.plots.runs import learning_dynamics as save_dynamics
@@ -46,7 +46,7 @@ def run_folder(folder: Path, steps: tuple[int, ...] = STEPS) -> Path:
 
 def going(folder: Path) -> Any:
     """A setting that names a run without a saved model."""
-    return SimpleNamespace(model_name=str(folder), identity={"model": str(folder)})
+    return SimpleNamespace(model_name=str(folder), identity={"model": str(folder)}, data=None)
 
 
 def test_experiment_on_a_complete_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +133,9 @@ def test_experiment_refuses(tmp_path: Path) -> None:
         learning_dynamics.units(going(folder), options)
     with pytest.raises(ValueError, match="expected tol >= 0, got -1"):
         learning_dynamics.units(going(folder), defaults(learning_dynamics, tol=-1.0))
+    images = ImageData(torch.zeros(4, 1, 2, 2), scaling="none", name="others")
+    with pytest.raises(ValueError, match="no --data, as the run has measured on its own, got others"):
+        learning_dynamics.units(Setting("gaussian", images), options)
 
 
 def test_the_rows_of_a_probe_fit(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gaussnet import EDMPrecond, GuidedDenoiser, heun, karras_sigmas
 from gaussnet.data import ImageData
-from gaussnet.experiments import Setting, defaults, guidance, run
+from gaussnet.experiments import EXPERIMENTS, Setting, defaults, guidance, run
+from gaussnet.experiments.running import UNLABELLED
+from gaussnet.experiments.setting import has_classes
 from gaussnet.plots import trajectories as plots
 from gaussnet.probes.trajectories import exact_trajectory, solver_trajectory
 
@@ -186,10 +188,22 @@ def test_which_denoisers_have_classes() -> None:
     labelled["network"] = network(3)
     labelled["guided"] = GuidedDenoiser(labelled["delta-classes"], others["delta"], 2.0)
     others["guided"] = GuidedDenoiser(others["delta"], others["delta"], 2.0)
-    found = {name: guidance.has_classes(model) for name, model in labelled.items()}
+    found = {name: has_classes(model) for name, model in labelled.items()}
     assert all(found.values()), found
-    found = {name: guidance.has_classes(model) for name, model in others.items()}
+    found = {name: has_classes(model) for name, model in others.items()}
     assert not any(found.values()), found
+
+
+def test_networks_with_classes_that_get_no_labels_are_told(tmp_path: Path) -> None:
+    """Where an experiment asks a model without labels, its text says so."""
+    deviation = EXPERIMENTS["score-deviation"]
+    few = defaults(deviation, queries=4, sigmas=[1.0], references=["gaussian"])
+    for label_dim, told in ((3, True), (0, False)):
+        model = setting(saved(tmp_path / f"classes-{label_dim}", label_dim))
+        text = run(NAME, deviation, model, few, tmp_path / f"out-{label_dim}").text
+        assert (UNLABELLED in text) == told, text
+    text = run(NAME, guidance, setting(saved(tmp_path / "again")), options(), tmp_path / "out").text
+    assert UNLABELLED not in text, "guidance gives labels"
 
 
 # Reading and figure -------------------------------------------------------------------------------

@@ -354,6 +354,12 @@ def test_impossible_options(changed: dict[str, Any], message: str) -> None:
         latent.units(setting("gaussian"), options)
 
 
+def test_images_beside_a_file_of_latents() -> None:
+    options = defaults(latent, latents="latents.npy", pipeline="somewhere")
+    with pytest.raises(ValueError, match=r"\(--latents\), got .* and latents\.npy"):
+        latent.units(Setting("gaussian", images()), options)
+
+
 def test_a_figure_needs_all_kinds() -> None:
     with pytest.raises(ValueError, match="rows of the kind 'geometry', got none"):
         draw([{"kind": "teleport"}])

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from gaussnet.denoisers import Denoiser, GuidedDenoiser
+from gaussnet.denoisers import GuidedDenoiser
 from gaussnet.experiments.running import Reading, Row
-from gaussnet.experiments.setting import Setting
+from gaussnet.experiments.setting import Setting, has_classes
 from gaussnet.experiments.shared import add_sampling
-from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.plots.trajectories import guidance as draw_guidance
 from gaussnet.probes.trajectories import (
     DIVERGED,
@@ -30,6 +29,7 @@ from gaussnet.sampling import one_hot
 
 SOURCE = "Fig. 17 B, E, F"
 NEEDS_DATA = True
+ASKS_CLASSES = True
 ANALYTIC = ("conditional", "guided")
 
 
@@ -146,16 +146,6 @@ def read(rows: Sequence[Row], options: argparse.Namespace) -> Reading:
             f"{table[-1]['weight']:g} off by {table[-1][column]:.3g}."
         )
     return Reading(table, " ".join(texts))
-
-
-def has_classes(model: Denoiser) -> bool:
-    """Whether class labels mean something to a denoiser."""
-    if isinstance(model, GuidedDenoiser):
-        return has_classes(model.cond)
-    if isinstance(model, NetworkDenoiser):
-        return bool(getattr(model.model, "label_dim", 0))
-    known = ("component_labels", "data_labels")  # of mixtures, and of the images themselves
-    return any(getattr(model, name, None) is not None for name in known)
 
 
 def _of(unit: str) -> tuple[float, int]:

@@ -86,6 +86,11 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
         raise ValueError(f"expected skips from 0 to {options.steps - 1}, got {options.skips}")
     if options.latents is None and setting.data is None:
         raise ValueError("expected images to encode (--data) or a file of latents (--latents), got neither")
+    if options.latents is not None and setting.data is not None:
+        raise ValueError(
+            "expected images to encode (--data) or a file of latents (--latents), got "
+            f"{setting.data.name} and {options.latents}"
+        )
     _path(setting, options)
     return [f"seeds={seeds}" for seeds in ranges(options.seeds, SEEDS_A_UNIT)]
 

@@ -22,6 +22,7 @@ from gaussnet.run_report import Run
 
 SOURCE = "Fig. 12, 24, 25"
 NEEDS_DATA = False
+ASKS_CLASSES = True  # a run's probes do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def units(setting: Setting, options: argparse.Namespace) -> list[str]:
     """One, named by what the run has written: a run that went on is read again."""
     if options.tol < 0:
         raise ValueError(f"expected tol >= 0, got {options.tol}")
+    if setting.data is not None:
+        raise ValueError(f"expected no --data, as the run has measured on its own, got {setting.data.name}")
     told = json.dumps(_probes(setting, options))
     return [f"probes={hashlib.sha256(told.encode()).hexdigest()[:12]}"]
 

@@ -32,6 +32,10 @@ from gaussnet.processes import Processes
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".png", ".pdf", ".md")
+UNLABELLED = (
+    "The model knows classes and was asked without labels: what it then does, it has to have learned with "
+    "labels left out."
+)
 
 
 class Reading(NamedTuple):
@@ -133,6 +137,8 @@ def run(
     found = dict(processes.gather(share))
     rows = [row for unit in units for row in found[unit]]
     reading = experiment.read(rows, options)
+    if not getattr(experiment, "ASKS_CLASSES", False) and setting.lacks_labels:
+        reading = reading._replace(text=f"{reading.text} {UNLABELLED}")
     if processes.first:
         write_rows(out / f"{name}.csv", rows)
         save(experiment.draw(rows, options), out / f"{name}.png", out / f"{name}.pdf")

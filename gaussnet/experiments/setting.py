@@ -38,10 +38,12 @@ from gaussnet.denoisers import (
     Denoiser,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    GuidedDenoiser,
     MarginalDenoiser,
 )
 from gaussnet.edm_import import import_edm
 from gaussnet.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained
+from gaussnet.network_denoiser import NetworkDenoiser
 
 ANALYTIC = ("isotropic", "point", "gaussian", "marginal", "classes", "mixture-K", "mixture-KrR", "delta")
 _MODEL_FILES = (
@@ -118,6 +120,11 @@ class Setting:
         """The denoiser under study, in eval mode, on the device."""
         model = self._saved if self._saved is not None else self.reference(self.model_name)
         return model.to(self.device).eval()
+
+    @property
+    def lacks_labels(self) -> bool:
+        """Whether the model is a network that knows classes, and may not know what to do without labels."""
+        return self._saved is not None and has_classes(self._saved)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -281,6 +288,16 @@ def load_model(name: str) -> Denoiser:
     if name.endswith(".pkl"):
         return import_edm(name)
     return from_pretrained(name)
+
+
+def has_classes(model: Denoiser) -> bool:
+    """Whether class labels mean something to a denoiser."""
+    if isinstance(model, GuidedDenoiser):
+        return has_classes(model.cond)
+    if isinstance(model, NetworkDenoiser):
+        return bool(getattr(model.model, "label_dim", 0))
+    known = ("component_labels", "data_labels")  # of mixtures, and of the images themselves
+    return any(getattr(model, name, None) is not None for name in known)
 
 
 def fingerprint(name: str) -> dict[str, Any]:
