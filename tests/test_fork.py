@@ -3,6 +3,7 @@
 import csv
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import train.__main__
 import train.callbacks
 import train.loop
 from train.config import Config, ConfigError
-from train.configfile import load_config
+from train.configfile import load_config, to_yaml
 from train.data import load_data
 from train.models import build_network, fit_analytic, fit_wrapping, wrap
 from train.rundir import RunFolder
@@ -196,6 +197,24 @@ def test_a_fork_has_the_weight_decay_that_is_asked_for(
         with pytest.raises(ConfigError, match=message):
             train.__main__.fork(small(start, override), str(tmp_path / "other"))
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "goes"),
+    [([0.5, 0.02], True), ([0.02, 0.1], False), ([0.1], False), ([0.1, 0.02, 1.0], False)],
+    ids=str,
+)
+def test_averages_of_a_fork_are_those_that_go_on(now: list[float], goes: bool, tmp_path: Path) -> None:
+    """The half-life of one may change; it may not take another's place."""
+    folder = RunFolder(tmp_path / "run")
+    checkpoint = folder.checkpoints / "step-000000004"
+    checkpoint.mkdir(parents=True)
+    folder.config.write_text(to_yaml(small(folder.path, "ema.halflife_kimg=[0.1,0.02]")))
+    config = small(folder.path, f"ema.halflife_kimg={now}")
+    message = r"averages go on in their order, which does not allow ema\.halflife_kimg: \[0\.1, 0\.02\] -> "
+    with nullcontext() if goes else pytest.raises(ConfigError, match=message):
+        train.__main__.fork(config, str(tmp_path / "fork"))
+    assert (tmp_path / "fork").exists() == goes
 
 
 @pytest.mark.parametrize("errors", [[math.nan, 0.5, 0.7], [0.9, math.nan, 0.6], [0.4, 0.6, 0.5]])

@@ -56,8 +56,10 @@ def load_checkpoint(
             group["weight_decay"] = decay
 
 
-def check_optimizer(changed: Iterable[str]) -> None:
-    """Refuses a fork whose optimizer has other parts than the one whose state goes on.
+def check_state(changed: Iterable[str]) -> None:
+    """Refuses a fork whose optimizer or averages are not those whose state goes on.
+
+    An average may go on with another half-life, but not as another one of the averages.
 
     Args:
         changed: lines of `differences`.
@@ -70,6 +72,11 @@ def check_optimizer(changed: Iterable[str]) -> None:
         decayed = [value not in ("0", "0.0") for value in values.split(" -> ")]
         if key == "train.optimizer" or (key == "train.weight_decay" and decayed[0] != decayed[1]):
             raise ConfigError(f"--fork: the state of the optimizer goes on, which does not allow {line}")
+        if key == "ema.halflife_kimg":
+            old, new = (json.loads(value) for value in values.split(" -> "))
+            moved = len(old) != len(new) or any(h in old and old[i] != h for i, h in enumerate(new))
+            if moved:
+                raise ConfigError(f"--fork: averages go on in their order, which does not allow {line}")
 
 
 def keep_fit(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from gaussnet import Denoiser
 from gaussnet.hub import CONFIG_NAME
-from train.checkpoints import MANIFEST, check_optimizer, damage, sha256
+from train.checkpoints import MANIFEST, check_state, damage, sha256
 from train.config import Config, ConfigError
 from train.configfile import differences, to_yaml
 from train.writing import naming, sync, write_atomically
@@ -199,7 +199,7 @@ class RunFolder:
                 f"--fork: expected train.steps >= {step}, as in {checkpoint}, got {config.train.steps}"
             )
         changed = differences(self.config.read_text(), config) if self.config.is_file() else []
-        check_optimizer(changed)
+        check_state(changed)
         aside = other.path.with_name(other.path.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         copy = aside / "checkpoints" / checkpoint.name
