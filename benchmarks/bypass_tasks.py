@@ -17,7 +17,8 @@ SHORT = 5  # runs that choose a learning rate have this part of the steps
 
 BLEND = "bypass.base=blend"
 CROSS = "fit.folds=5"
-NO_GATE, HIDDEN, CHANNEL = "bypass.gate=false", "bypass.show_gaussian=false", "bypass.centre=channel"
+NO_GATE, HIDDEN = "bypass.gate=false", "bypass.show_gaussian=false"
+CHANNEL, ESTIMATE = "bypass.centre=channel", "bypass.centre=estimate"
 ARMS: dict[str, tuple[str, ...]] = {
     "edm": ("precond=edm",),
     "edm-moments": ("bypass.base=isotropic", HIDDEN, NO_GATE),
@@ -37,6 +38,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "edm-moments-channel": ("bypass.base=isotropic", HIDDEN, NO_GATE, CHANNEL),
     "bypass-all-channel": (BLEND, CHANNEL),
     "marginal-channel": ("bypass.base=marginal", CHANNEL),
+    "edm-shown-estimate": ("bypass.base=isotropic", NO_GATE, ESTIMATE),
+    "bypass-all-estimate": (BLEND, ESTIMATE),
+    "marginal-estimate": ("bypass.base=marginal", ESTIMATE),
     "edm-warm": ("precond=edm", "loss.gaussian_steps=150"),
     "edm-classes": ("precond=edm", "data.labels=true"),
     "bypass-classes": (BLEND, "data.labels=true", "bypass.gaussian=classes"),
@@ -45,6 +49,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
 FEW = (*HEADLINE, "marginal-folds", "bypass-all-folds", "edm-shown-folds")
+LONG = (*HEADLINE, "marginal-estimate")
 PARTS = (*FEW, "bypass-shown", "marginal-hidden")
 LARGEST = ("edm", "bypass-all", "marginal", "bypass-all-folds", "marginal-folds")
 
@@ -81,7 +86,7 @@ TASKS: dict[str, Task] = {
     "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), FEW, rates=(), features=FEATURES),
     "mnist-10000": Task(("data.source={mnist}", "data.heldout=50000"), LARGEST, rates=(), features=FEATURES),
     # At 8e-3, which short runs would choose, three of five arms break between steps 2,000 and 4,000.
-    "long": Task(("data.source={mnist}", *MINI_EDM), steps=10_000, rates=(2e-3,), features=FEATURES),
+    "long": Task(("data.source={mnist}", *MINI_EDM), LONG, steps=10_000, rates=(2e-3,), features=FEATURES),
 }
 
 
@@ -137,8 +142,8 @@ def images_seen(arm: str) -> int:
 
 
 def plain(arm: str) -> str:
-    """The arm whose learning rate an arm takes: the same without folds."""
-    return arm.removesuffix("-folds")
+    """The arm whose learning rate an arm takes: the same without folds, about the mean."""
+    return arm.removesuffix("-folds").removesuffix("-estimate")
 
 
 def best_rate(task: str, arm: str, errors: list[dict[str, str]]) -> float | None:

@@ -11,15 +11,22 @@ from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, Margin
 from gaussnet.measured import MeasuredError
 from gaussnet.numerics import result_dtype
 
-Centre = Literal["pixel", "channel"]
+Centre = Literal["pixel", "channel", "estimate"]
 Base = Literal["blend", "gaussian", "isotropic", "marginal"]
 
 
-def check_options(base: str, centre: str, gate_tol: float, sigma_data: float | None) -> None:
+def check_options(
+    base: str, centre: str, show_gaussian: bool, whiten: bool, gate_tol: float, sigma_data: float | None
+) -> None:
     """Raises a ValueError unless the options of a `BypassPrecond` are possible."""
     for name, value, known in (("base", base, get_args(Base)), ("centre", centre, get_args(Centre))):
         if value not in known:
             raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+    if centre == "estimate" and (whiten or not show_gaussian):
+        raise ValueError(
+            "expected show_gaussian=True and whiten=False with centre='estimate', got "
+            f"{show_gaussian=} and {whiten=}"
+        )
     if not 0 <= gate_tol < 1:
         raise ValueError(f"expected 0 <= gate_tol < 1, got {gate_tol}")
     if sigma_data is not None and (base != "isotropic" or not 0 < sigma_data < math.inf):

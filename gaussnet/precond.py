@@ -61,8 +61,10 @@ class BypassPrecond(NetworkDenoiser):
             a global linear map that convolutions cannot compute; and D_m(x, sigma), where there is one.
         base: "blend" and "marginal" as above; "gaussian", w = 0; "isotropic", w = 1, EDM's skip about the
             data's moments.
-        centre: "pixel" as above; or "channel", the image about its mean colour. About the mean image, flat
-            backgrounds are no longer flat, but the network can tell where in the image it is.
+        centre: what the network sees the noisy image about. "pixel", the mean image, as above; "channel", its
+            mean colour: about the mean image, flat backgrounds are no longer flat, but the network can tell
+            where in the image it is. Or "estimate", D_m, or D_gauss without marginals, and over sigma: the
+            noise that they find, which low noise does not make small. It needs `show_gaussian`.
         whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of c_in (x - mu).
         marginals: with base="marginal", fitted to the training data.
         error: the base's error measured on held-out data, in place of the closed form. With marginals,
@@ -101,7 +103,7 @@ class BypassPrecond(NetworkDenoiser):
         shown = show_gaussian * (1 + (marginals is not None))
         told = f" and {show_gaussian=}{', with marginals' * (marginals is not None)}"
         check_channels(network, gaussian.event_shape, 1 + shown, 1, type(self).__name__, told)
-        check_options(base, centre, gate_tol, sigma_data)
+        check_options(base, centre, show_gaussian, whiten, gate_tol, sigma_data)
         check_parts(network, gaussian, base, whiten, marginals, error)
         self.model = network
         self.gaussian = gaussian
@@ -264,9 +266,9 @@ class BypassPrecond(NetworkDenoiser):
         if self.gate is not None and not self.training and known_true((g == 0).all()):
             return gaussian
         other = self._other(x, level, gaussian) if len(forms) < 2 else forms[1]
-        inputs = self._inputs(x, level)
+        shown = [gaussian] if self.marginals is None else [gaussian, other]
+        inputs = self._inputs(x, level, shown[-1])
         if self.show_gaussian:
-            shown = [gaussian] if self.marginals is None else [gaussian, other]
             inputs = torch.cat([inputs, *shown], dim=1)  # (B, 2 C or 3 C, H, W)
         output = self._evaluate(inputs, torch.log(level) / 4, class_labels, augment_labels)
         share = self._share(level, g)
@@ -339,7 +341,9 @@ class BypassPrecond(NetworkDenoiser):
 
         return torch.sqrt(self._covariance.trace(error, level.dtype) / self._covariance.dim)
 
-    def _inputs(self, x: Tensor, level: Tensor) -> Tensor:
+    def _inputs(self, x: Tensor, level: Tensor, estimate: Tensor) -> Tensor:
+        if self.centre == "estimate":
+            return (x.to(level.dtype) - estimate) / expand_as_event(level, len(self.event_shape))
         if self.whiten:
             assert isinstance(self.gaussian, GaussianDenoiser)
             return self.gaussian.filter(lambda lam, s: torch.rsqrt(lam + s**2), x, level).to(level.dtype)

@@ -193,6 +193,58 @@ def test_inputs_have_unit_variance_about_either_centre(sigma: float) -> None:
     torch.testing.assert_close(seen["pixel"] * scale, x - gaussian.mean)
 
 
+@sigmas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["gaussian-full", "gaussian-rank-10", "mixture-kmeans"])
+def test_inputs_about_the_estimate_are_the_noise_that_it_finds(
+    name: str, sigma: float, dtype: torch.dtype
+) -> None:
+    """(x - D)/sigma = -sigma grad log p(x; sigma)."""
+    analytic, net = denoiser(name, dtype), Recorder()
+    error = MeasuredError(torch.tensor([0.1, 1.0]), torch.rand(2, 3) + 1)
+    error = error if name.startswith("mixture") else None
+    x = noised(sigma, dtype=dtype)
+    BypassPrecond(net, analytic, centre="estimate", error=error)(x, sigma)
+    noise, shown = net.calls[0][0].chunk(2, dim=1)
+    rounding = 100 * torch.finfo(dtype).eps * float(x.abs().max()) / sigma
+    torch.testing.assert_close(noise, -sigma * analytic.score(x, sigma), rtol=1e-4, atol=max(rounding, 1e-9))
+    torch.testing.assert_close(shown, analytic(x, sigma))
+
+
+@sigmas
+def test_the_noise_that_a_gaussian_finds_has_a_known_variance(sigma: float) -> None:
+    """That of the score of its own samples: E |(x - D)/sigma|^2 = sum s^2/(lam + s^2)."""
+    gaussian, net = denoiser("gaussian-full"), Recorder()
+    x = gaussian.mean + gaussian.filter(
+        lambda lam, s: (lam + s**2).sqrt(), gaussian.mean + randn(4000, *EVENT, seed=5), sigma
+    )
+    BypassPrecond(net, gaussian, centre="estimate")(x, sigma)
+    lam = gaussian.covariance.eigvals
+    expected = float((sigma**2 / (lam + sigma**2)).mean())
+    assert float(net.calls[0][0][:, :1].square().mean()) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_estimate_is_that_of_marginals_and_of_what_training_gives() -> None:
+    model, refined = with_marginals()
+    net = Recorder()
+    model = BypassPrecond(
+        net,
+        refined.gaussian,
+        base="marginal",
+        centre="estimate",
+        marginals=refined.marginals,
+        error=model.error,
+    )
+    x = noised(0.3, dtype=torch.float32)
+    forms = (x - 0.3, x + 0.6)
+    for given, other in ((None, refined(x, 0.3)), (forms, forms[1])):
+        model(x, 0.3, closed_forms=given)
+        seen = net.calls[-1][0]
+        assert seen.shape[1] == 3
+        torch.testing.assert_close(seen[:, :1], (x - other) / 0.3, msg=f"closed forms {given is not None}")
+        torch.testing.assert_close(seen[:, 2:], other)
+
+
 def test_the_mean_colour_is_one_of_each_channel() -> None:
     mean = torch.arange(3.0).reshape(3, 1, 1) + torch.linspace(-0.5, 0.5, 16).reshape(4, 4)
     x, net = randn(2, 3, 4, 4, dtype=torch.float32), Recorder()
@@ -683,8 +735,12 @@ def test_options_that_exclude_each_other() -> None:
         BypassPrecond(tiny_unet(in_channels=2), gaussian, base="edm")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="0 <= gate_tol < 1, got 1"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, gate_tol=1)
-    with pytest.raises(ValueError, match="centre to be one of pixel, channel, got 'image'"):
+    with pytest.raises(ValueError, match="centre to be one of pixel, channel, estimate, got 'image'"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, centre="image")  # pyright: ignore[reportArgumentType]
+    for seen, white in ((False, False), (True, True)):
+        net = tiny_unet(in_channels=1 + seen)
+        with pytest.raises(ValueError, match="show_gaussian=True and whiten=False with centre='estimate'"):
+            BypassPrecond(net, gaussian, show_gaussian=seen, centre="estimate", whiten=white)
     with pytest.raises(ValueError, match=r"with base='isotropic', got 0.5 with 'blend'"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, sigma_data=0.5)
     for sigma_data in (0.0, -1.0, math.nan, math.inf):
@@ -699,7 +755,7 @@ def test_options_that_exclude_each_other() -> None:
     [
         {"base": "gaussian", "whiten": True, "gate_tol": 0.2},
         {"base": "isotropic", "sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 50.0},
-        {"error": MeasuredError(torch.tensor([0.1, 1.0]), torch.rand(2, 3) + 1)},
+        {"error": MeasuredError(torch.tensor([0.1, 1.0]), torch.rand(2, 3) + 1), "centre": "estimate"},
     ],
     ids=["white", "edm", "measured"],
 )

@@ -280,8 +280,9 @@ def test_gradients_that_stay_so_stop_the_run_and_keep_its_state(tmp_path: Path, 
         ["bypass.gaussian=classes", "data.labels=true"],
         ["bypass.whiten=true", "loss.sigma_max=5"],
         ["bypass.base=blend"],
+        ["bypass.centre=estimate"],
     ],
-    ids=["edm", "bypass", "isotropic", "mixture", "classes", "white-truncated", "blend"],
+    ids=["edm", "bypass", "isotropic", "mixture", "classes", "white-truncated", "blend", "estimate"],
 )
 def test_every_preconditioning_builds_and_starts_as_its_base(tmp_path: Path, options: list[str]) -> None:
     config = tiny(tmp_path, *options)

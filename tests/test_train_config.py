@@ -139,6 +139,11 @@ def test_overrides_win_over_the_file() -> None:
         ("loss.label_dropout=0.1", r"data\.labels: expected true: the run uses classes, got False"),
         ("bypass.gaussian=classes", r"data\.labels: expected true"),
         ("bypass.base=marginal bypass.gaussian=mixture", r"another one with bypass\.gaussian=mixture"),
+        ("bypass.centre=image", r"bypass\.centre: expected one of pixel, channel, estimate, got image"),
+        (
+            "bypass.centre=estimate bypass.whiten=true",
+            r"bypass\.centre: expected another one with show_gaussian=false or whiten=true, got estimate",
+        ),
         ("bypass.base=edm", r"bypass\.base: expected one of blend, gaussian, isotropic, marginal, got edm"),
         ("network.name=UNet", r"network\.name: expected one of SongUNet, DhariwalUNet, DiT, MLP, got UNet"),
         ("network.arguments.width=3", r"network\.arguments: expected keys among .*model_channels.*got width"),

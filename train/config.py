@@ -133,7 +133,7 @@ class BypassConfig:
     gate_tol: float = 0.01
     show_gaussian: bool = True
     base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around mixtures blend
-    centre: str = "pixel"  # about the mean image; or channel: about the mean colour
+    centre: str = "pixel"  # about the mean image; channel: the mean colour; estimate: D_m or D_gauss
     whiten: bool = False
     gaussian: BypassGaussian = BypassGaussian.gaussian
     components: int = 10
@@ -145,6 +145,9 @@ class BypassConfig:
         )
         centres = get_args(Centre)
         expect("bypass.centre", self.centre, self.centre in centres, f"one of {', '.join(centres)}")
+        possible = self.centre != "estimate" or (self.show_gaussian and not self.whiten)
+        told = "another one with show_gaussian=false or whiten=true"
+        expect("bypass.centre", self.centre, possible, told)
         one = self.base != "marginal" or self.gaussian is BypassGaussian.gaussian
         expect("bypass.base", self.base, one, f"another one with bypass.gaussian={self.gaussian.value}")
         expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
