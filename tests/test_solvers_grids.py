@@ -10,7 +10,7 @@ import torch
 from cases import denoiser, gaussian, randn, relative_error
 from torch import Tensor
 
-from gaussnet import GaussianDenoiser, count_nfe, karras_sigmas
+from gaussnet import GaussianDenoiser, GuidedDenoiser, count_nfe, karras_sigmas
 from gaussnet.samplers import (
     dop853,
     dpmpp_2m,
@@ -158,6 +158,7 @@ def test_the_grid_of_a_model_lies_within_its_range(name: str) -> None:
     grid = karras_sigmas(7, max(1e-3, low), min(1e3, high))
     assert levels.equal(rounded_sigmas(model, grid) if name == "iddpm" else grid)
     assert (name == "ve") == (float(levels[-2]) == 0.02)
+    assert model_sigmas(GuidedDenoiser(model, model, 2.0), 7, 1e-3, 1e3).equal(levels)
 
 
 def test_a_model_of_all_levels_leaves_the_grid() -> None:

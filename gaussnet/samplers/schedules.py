@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussnet.denoisers import Denoiser
+from gaussnet.denoisers import Denoiser, GuidedDenoiser
 from gaussnet.network_denoiser import NetworkDenoiser
 from gaussnet.schedules import DiscreteSchedule
 
@@ -157,7 +157,7 @@ def model_sigmas(
     So EDM samples from its discrete models and from those of other ranges. Analytic denoisers take any level.
 
     Args:
-        model: the denoiser to sample from.
+        model: the denoiser to sample from; of a guided one, the conditional one is asked.
         n: number of levels above 0; fewer come back where the model knows fewer.
         sigma_min: the last level above 0, or the network's lowest if that is higher.
         sigma_max: the first level, or the network's highest if that is lower.
@@ -175,6 +175,8 @@ def model_sigmas(
         >>> [round(sigma, 3) for sigma in model_sigmas(model, 3).tolist()]
         [80.0, 4.046, 0.02, 0.0]
     """
+    if isinstance(model, GuidedDenoiser):
+        return model_sigmas(model.cond, n, sigma_min, sigma_max, rho)
     if not isinstance(model, NetworkDenoiser):
         return karras_sigmas(n, sigma_min, sigma_max, rho)
     low, high = max(sigma_min, model.sigma_min), min(sigma_max, model.sigma_max)
