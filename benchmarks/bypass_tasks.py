@@ -30,17 +30,18 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-all": (BLEND,),  # with gate and shown
     "bypass-sample": (BLEND, "fit.shrinkage=none"),
     "bypass-whitened": (BLEND, "bypass.whiten=true"),
-    "marginal": ("bypass.base=marginal",),  # with gate and shown: the defaults
+    "marginal": ("bypass.base=marginal",),  # with gate and shown
     "marginal-hidden": ("bypass.base=marginal", HIDDEN),
     "edm-shown-folds": ("bypass.base=isotropic", NO_GATE, CROSS),
     "bypass-all-folds": (BLEND, CROSS),
-    "marginal-folds": ("bypass.base=marginal", CROSS),  # the defaults where images are few
+    "marginal-folds": ("bypass.base=marginal", CROSS),
     "edm-moments-channel": ("bypass.base=isotropic", HIDDEN, NO_GATE, CHANNEL),
     "bypass-all-channel": (BLEND, CHANNEL),
     "marginal-channel": ("bypass.base=marginal", CHANNEL),
     "edm-shown-estimate": ("bypass.base=isotropic", NO_GATE, ESTIMATE),
     "bypass-all-estimate": (BLEND, ESTIMATE),
-    "marginal-estimate": ("bypass.base=marginal", ESTIMATE),
+    "marginal-estimate": ("bypass.base=marginal", ESTIMATE),  # with gate and shown: the defaults
+    "marginal-estimate-folds": ("bypass.base=marginal", ESTIMATE, CROSS),  # those where images are few
     "edm-warm": ("precond=edm", "loss.gaussian_steps=150"),
     "edm-classes": ("precond=edm", "data.labels=true"),
     "bypass-classes": (BLEND, "data.labels=true", "bypass.gaussian=classes"),
@@ -48,8 +49,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bypass-truncated": (BLEND, "loss.sigma_max=10"),
 }
 HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
-FEW = (*HEADLINE, "marginal-folds", "bypass-all-folds", "edm-shown-folds")
-LONG = (*HEADLINE, "marginal-estimate")
+FEW = (*HEADLINE, "marginal-folds", "marginal-estimate-folds", "bypass-all-folds", "edm-shown-folds")
+WIDE = (*HEADLINE, "marginal-estimate")
 PARTS = (*FEW, "bypass-shown", "marginal-hidden")
 LARGEST = ("edm", "bypass-all", "marginal", "bypass-all-folds", "marginal-folds")
 
@@ -80,13 +81,13 @@ TASKS: dict[str, Task] = {
     "emoji32": Task(("data.source={emoji32}", "data.groups={groups}", "data.heldout=0.15", UNET), FEW),
     "digits": Task(("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]"), FEW),
     "patches": Task(("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET), FEW),
-    "dit": Task(("data.source={mnist}", *DIT), rates=(5e-4, 1e-3, 2e-3)),  # above, runs break late
-    "mlp": Task(("data.source={mnist}", *MLP), rates=(5e-4, 1e-3, 2e-3), widths=(512, 492, 474)),
+    "dit": Task(("data.source={mnist}", *DIT), WIDE, rates=(5e-4, 1e-3, 2e-3)),  # above, runs break late
+    "mlp": Task(("data.source={mnist}", *MLP), WIDE, rates=(5e-4, 1e-3, 2e-3), widths=(512, 492, 474)),
     "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), PARTS, rates=(), features=FEATURES),
     "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), FEW, rates=(), features=FEATURES),
     "mnist-10000": Task(("data.source={mnist}", "data.heldout=50000"), LARGEST, rates=(), features=FEATURES),
     # At 8e-3, which short runs would choose, three of five arms break between steps 2,000 and 4,000.
-    "long": Task(("data.source={mnist}", *MINI_EDM), LONG, steps=10_000, rates=(2e-3,), features=FEATURES),
+    "long": Task(("data.source={mnist}", *MINI_EDM), WIDE, steps=10_000, rates=(2e-3,), features=FEATURES),
 }
 
 

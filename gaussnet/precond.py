@@ -21,7 +21,12 @@ skip.
 
 With base="marginal", the other half of the blend is D_m of `gaussnet.denoisers.marginal`, the Gaussian
 refined by each pixel's own distribution. Its share w(s) is the one with the least error on held-out data, and
-c_out the root of that error, both from `gaussnet.measured`.
+c_out the root of that error, both from `gaussnet.measured`. The inputs are the noise and the images that
+these find:
+
+    inputs  = [(x - D_m)/s, D_gauss, D_m]
+
+All keep their size at every level, where c_in (x - mu) hides the noise of low levels, and how D_m took it.
 
 Sigma = sigma_data^2 I and mu = 0 make all of this EDM's preconditioning, term by term: c_skip = v/(v + s^2),
 c_out = s sigma_data/sqrt(v + s^2). Reference: Karras et al. 2022, arXiv 2206.00364, Table 1.
@@ -61,11 +66,11 @@ class BypassPrecond(NetworkDenoiser):
             a global linear map that convolutions cannot compute; and D_m(x, sigma), where there is one.
         base: "blend" and "marginal" as above; "gaussian", w = 0; "isotropic", w = 1, EDM's skip about the
             data's moments.
-        centre: what the network sees the noisy image about. "pixel", the mean image, as above; "channel", its
-            mean colour: about the mean image, flat backgrounds are no longer flat, but the network can tell
-            where in the image it is. Or "estimate", D_m, or D_gauss without marginals, and over sigma: the
-            noise that they find, which low noise does not make small. It needs `show_gaussian`.
-        whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of c_in (x - mu).
+        centre: what the network sees the noisy image about. "pixel", the mean image: c_in (x - mu);
+            "channel", the same about its mean colour: about the mean image, flat backgrounds are no longer
+            flat, but the network can tell where in the image it is; "estimate", with `show_gaussian`, D_m or
+            D_gauss, over sigma. Default: "estimate" with base="marginal" where that can be, else "pixel".
+        whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of these.
         marginals: with base="marginal", fitted to the training data.
         error: the base's error measured on held-out data, in place of the closed form. With marginals,
             `MeasuredError.fit(gaussian, heldout, other=MarginalDenoiser(gaussian, marginals))`.
@@ -90,7 +95,7 @@ class BypassPrecond(NetworkDenoiser):
         show_gaussian: bool = True,
         base: Base = "blend",
         *,
-        centre: Centre = "pixel",
+        centre: Centre | None = None,
         whiten: bool = False,
         marginals: Marginals | None = None,
         error: MeasuredError | None = None,
@@ -100,6 +105,8 @@ class BypassPrecond(NetworkDenoiser):
         sigma_max: float = math.inf,
     ) -> None:
         super().__init__()
+        if centre is None:
+            centre = "estimate" if base == "marginal" and show_gaussian and not whiten else "pixel"
         shown = show_gaussian * (1 + (marginals is not None))
         told = f" and {show_gaussian=}{', with marginals' * (marginals is not None)}"
         check_channels(network, gaussian.event_shape, 1 + shown, 1, type(self).__name__, told)
@@ -112,7 +119,7 @@ class BypassPrecond(NetworkDenoiser):
         self.error = error
         self.show_gaussian = show_gaussian
         self.base = base
-        self.centre = centre
+        self.centre: Centre = centre
         self.whiten = whiten
         self.gate_tol = gate_tol
         self.sigma_data = sigma_data

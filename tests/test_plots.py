@@ -18,6 +18,12 @@ from gaussnet.plots.style import colours
 REFERENCES = ("delta", "mixture-50", "isotropic", "mixture-2", "marginal", "gaussian", "mixture-10")
 
 
+@pytest.fixture(autouse=True)
+def no_figures() -> None:
+    """Other tests may have left some open."""
+    pyplot.close("all")
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved, to look into."""

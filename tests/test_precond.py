@@ -225,13 +225,13 @@ def test_the_noise_that_a_gaussian_finds_has_a_known_variance(sigma: float) -> N
 
 
 def test_the_estimate_is_that_of_marginals_and_of_what_training_gives() -> None:
+    """Marginals' default."""
     model, refined = with_marginals()
     net = Recorder()
     model = BypassPrecond(
         net,
         refined.gaussian,
         base="marginal",
-        centre="estimate",
         marginals=refined.marginals,
         error=model.error,
     )

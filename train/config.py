@@ -133,7 +133,7 @@ class BypassConfig:
     gate_tol: float = 0.01
     show_gaussian: bool = True
     base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around mixtures blend
-    centre: str = "pixel"  # about the mean image; channel: the mean colour; estimate: D_m or D_gauss
+    centre: str | None = None  # pixel, channel, estimate; default: estimate with base=marginal, else pixel
     whiten: bool = False
     gaussian: BypassGaussian = BypassGaussian.gaussian
     components: int = 10
@@ -144,7 +144,8 @@ class BypassConfig:
             "bypass.base", self.base, self.base is None or self.base in bases, f"one of {', '.join(bases)}"
         )
         centres = get_args(Centre)
-        expect("bypass.centre", self.centre, self.centre in centres, f"one of {', '.join(centres)}")
+        known = self.centre is None or self.centre in centres
+        expect("bypass.centre", self.centre, known, f"one of {', '.join(centres)}")
         possible = self.centre != "estimate" or (self.show_gaussian and not self.whiten)
         told = "another one with show_gaussian=false or whiten=true"
         expect("bypass.centre", self.centre, possible, told)

@@ -316,7 +316,7 @@ def wrap(config: Config, network: nn.Module, wrapping: Wrapping) -> BypassPrecon
             wrapping.gate,
             options.show_gaussian,
             options.chosen_base,
-            centre=cast(Centre, options.centre),
+            centre=cast("Centre | None", options.centre),
             whiten=options.whiten,
             marginals=wrapping.marginals,
             error=wrapping.error,
