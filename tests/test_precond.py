@@ -4,7 +4,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ from gaussnet import (
     heun,
     karras_sigmas,
 )
-from gaussnet.bypass_parts import Base
+from gaussnet.bypass_parts import Base, Centre
 from gaussnet.gate import find_sigma_gate
 
 GATE = Gate(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0.9, 0.6, 0.1]))
@@ -243,6 +243,26 @@ def test_the_estimate_is_that_of_marginals_and_of_what_training_gives() -> None:
         assert seen.shape[1] == 3
         torch.testing.assert_close(seen[:, :1], (x - other) / 0.3, msg=f"closed forms {given is not None}")
         torch.testing.assert_close(seen[:, 2:], other)
+
+
+def test_in_bfloat16_the_noise_of_low_levels_is_seen_about_the_estimate_alone() -> None:
+    """The share of the noise that rounding the network's input to eight bits takes away."""
+    sigma, (model, refined) = 0.002, with_marginals()
+    x, lost = noised(sigma, dtype=torch.float32), {}
+    for centre, scale in (("estimate", 1.0), ("pixel", sigma * float(refined.gaussian.variance) ** -0.5)):
+        net = Recorder()
+        BypassPrecond(
+            net,
+            refined.gaussian,
+            base="marginal",
+            centre=cast(Centre, centre),
+            marginals=refined.marginals,
+            error=model.error,
+        )(x, sigma)
+        seen = net.calls[0][0][:, :1]
+        lost[centre] = float((seen.bfloat16().float() - seen).square().mean().sqrt()) / scale
+    assert lost["estimate"] < 0.003, lost
+    assert lost["pixel"] > 0.3, lost
 
 
 def test_the_mean_colour_is_one_of_each_channel() -> None:
