@@ -23,6 +23,7 @@ from gaussnet.probes.geometry import scheduler_states, trajectory_rows
 SOURCE = "Fig. 5, Eq. 18, 22, B.2"
 NEEDS_DATA = False  # latents can come from a file
 DEFAULT_MODEL = "gaussian"  # with --pipeline, there is no other
+ASKS_CLASSES = True  # a pipeline is asked with its prompt, and may be none that `Setting` loads
 SEEDS_A_UNIT = 8
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
