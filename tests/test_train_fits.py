@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 import train.data
 import train.models
 from gaussnet import Gate, GaussianMixtureDenoiser
+from gaussnet.denoisers import marginal
 from gaussnet.gate import SIGMAS, measure_gate
 from train.callbacks import Run, error_sums
 from train.config import Config, ConfigError
@@ -167,3 +168,23 @@ def test_only_classes_that_occur_are_sampled(tmp_path: Path) -> None:
         )[1]
         is None
     )
+
+
+@pytest.mark.parametrize("options", [["bypass.base=marginal"], ["bypass.gaussian=mixture"], ["fit.folds=2"]])
+def test_a_resumed_run_fits_what_it_fitted(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marginal, "_POOLED", 2**10)  # of more images, levels are chosen from some
+    config = configured(labelled(tmp_path, [0] * 400), *options)
+    data, accelerator = load_data(config.data), Accelerator(cpu=True)
+
+    def fitted(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)  # of the process: it must not matter
+        analytic = fit_analytic(config, data, accelerator)
+        wrapping = fit_wrapping(config, data, analytic, accelerator)
+        cross = fit_folds(config, data, accelerator)
+        parts = (*analytic.named().values(), wrapping.base, wrapping.gate, wrapping.error, cross)
+        return [tensor for part in parts if part is not None for tensor in part.buffers()]
+
+    for first, again in zip(fitted(0), fitted(1), strict=True):
+        assert torch.equal(first, again)

@@ -108,9 +108,10 @@ def fit_analytic(config: Config, data: Data, accelerator: Accelerator) -> Analyt
     except (ValueError, TypeError) as error:
         raise ConfigError(f"fit: {error}") from error
     isotropic = GaussianDenoiser.isotropic(gaussian.mean, gaussian.variance)
-    marginal = MarginalDenoiser(gaussian, Marginals.fit(images, mirror=config.data.xflip).to(device))
+    drawn = generator_for(config.seed, "marginals")  # a resumed run has the levels of its checkpoint
+    marginals = Marginals.fit(images, mirror=config.data.xflip, generator=drawn).to(device)
     delta = DeltaDenoiser(torch.cat([images, images.flip(-1)]) if config.data.xflip else images)
-    return Analytic(isotropic, gaussian, marginal, mixtures, delta)
+    return Analytic(isotropic, gaussian, MarginalDenoiser(gaussian, marginals), mixtures, delta)
 
 
 def some_indices(config: Config, data: Data) -> Tensor:
