@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -64,6 +64,24 @@ class EDMPrecond(BypassPrecond):
         for module in (gaussian, gaussian.covariance):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, buffer, persistent=False)
+
+    @classmethod
+    def fit(cls, *_: Any, **__: Any) -> NoReturn:
+        """Not of EDM's, which fits nothing.
+
+        Raises:
+            TypeError: always; the message names what does.
+        """
+        raise TypeError("EDMPrecond fits nothing but takes sigma_data; BypassPrecond.fit fits closed forms")
+
+    @classmethod
+    def from_edm(cls, *_: Any, **__: Any) -> NoReturn:
+        """Not of EDM's own.
+
+        Raises:
+            TypeError: always; the message names what it is of.
+        """
+        raise TypeError("expected BypassPrecond.from_edm: an EDM model with a gate is not EDM's")
 
     def to_arguments(self) -> dict[str, Any]:
         return {

@@ -38,6 +38,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -172,6 +173,9 @@ class BypassPrecond(NetworkDenoiser):
             raise ValueError("expected heldout samples with base='marginal', got None")
         if base == "marginal" and options.keys() & {"marginals", "error"}:
             raise ValueError("expected no marginals or error with base='marginal', which fits them")
+        if isinstance(data, (Tensor, np.ndarray)) and options.get("show_gaussian", True):
+            shown = 2 if base == "marginal" else 1
+            check_channels(network, data.shape[1:], 1 + shown, 1, cls.__name__, f" and {base=}")
         gaussian = GaussianDenoiser.fit(data, mirror=mirror) if gaussian is None else gaussian
         if base == "marginal":
             assert heldout is not None

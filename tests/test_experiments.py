@@ -142,6 +142,7 @@ def test_a_damaged_unit_is_named(tmp_path: Path) -> None:
         run("counted", Counted(), setting(), Namespace(), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     arguments = ["reproduce", "score-deviation", "--model", "gaussian", "--data", "digits", "--queries", "8",
                  "--sigmas", "0.1", "1", "10", "--references", "isotropic", "delta"]  # fmt: skip

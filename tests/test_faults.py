@@ -501,6 +501,18 @@ def images(path: Path, count: int = 60, side: int = 8, seed: int = 0) -> np.ndar
     return pixels
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """A run without its report, and its options; each test writes other images in the place of its own."""
+    folder = tmp_path_factory.mktemp("earlier")
+    source = folder / "images.npy"
+    options = (f"data.source={source}", "train.steps=2", "heldout.every=0", "probe.queries=2")
+    images(source)
+    run(folder / "run", *options)
+    (folder / "run" / "report.md").unlink()
+    return folder, options
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -511,15 +523,11 @@ def images(path: Path, count: int = 60, side: int = 8, seed: int = 0) -> np.ndar
     ],
 )
 def test_data_that_changed_between_runs_are_refused_with_both_numbers(
-    tmp_path: Path, change: dict[str, int], message: str
+    earlier: tuple[Path, tuple[str, ...]], change: dict[str, int], message: str
 ) -> None:
-    source, out = tmp_path / "images.npy", tmp_path / "run"
-    options = (f"data.source={source}", "train.steps=2", "heldout.every=0", "probe.queries=2")
-    images(source)
-    run(out, *options)
-    (out / "report.md").unlink()
+    (folder, options), out = earlier, earlier[0] / "run"
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    images(source, **change)
+    images(folder / "images.npy", **change)
     with pytest.raises(ConfigError, match=rf"data\.source: .*trained on other images(?s:.*){message}"):
         run(out, *options)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -624,8 +632,9 @@ def test_weights_that_are_no_numbers_are_not_saved(
 # Signals -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", ["fit_analytic", "write_report"])
+@pytest.mark.parametrize(
+    ("at", "number"), [("fit_analytic", signal.SIGTERM), ("write_report", signal.SIGINT)]
+)
 def test_a_signal_outside_of_the_loop_ends_the_run_at_once(
     tmp_path: Path, whole: Path, monkeypatch: Any, capsys: Any, at: str, number: signal.Signals
 ) -> None:

@@ -87,7 +87,7 @@ PAIRS = [("thin", "other"), ("other", "no tail"), ("no tail", "isotropic"), ("is
 
 
 @pytest.mark.parametrize(("cond", "uncond"), PAIRS)
-@pytest.mark.parametrize("w", [-0.5, 0.3, 1.5, 4.0])
+@pytest.mark.parametrize("w", [-0.5, 4.0])
 def test_flow_between_thin_gaussians(cond: str, uncond: str, w: float) -> None:
     guided = GuidedDenoiser(thin(cond, 1), thin(uncond, 2), w)
     x = 20 * randn(5, *EVENT)

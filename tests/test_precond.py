@@ -532,9 +532,9 @@ def test_measured_error_takes_the_place_of_the_closed_form() -> None:
 @pytest.mark.parametrize("mirror", [False, True], ids=["as-they-are", "mirrored"])
 @pytest.mark.parametrize("given", [False, True], ids=["fitted", "given"])
 def test_fit_is_each_fit_by_hand(given: bool, mirror: bool) -> None:
-    data, heldout = train_digits(torch.float32), held_out_digits(torch.float32)
+    data, heldout = train_digits(torch.float32)[:400], held_out_digits(torch.float32)[:100]
     net = tiny_unet(in_channels=3)
-    gaussian = GaussianDenoiser.fit(data[:500]) if given else GaussianDenoiser.fit(data, mirror=mirror)
+    gaussian = GaussianDenoiser.fit(data[:200]) if given else GaussianDenoiser.fit(data, mirror=mirror)
     model = BypassPrecond.fit(
         net,
         data,
@@ -569,8 +569,18 @@ def test_fit_of_other_bases_and_what_is_given() -> None:
         BypassPrecond.fit(
             tiny_unet(in_channels=3), data, data[:9], marginals=Marginals.fit(data[:9], n_levels=4)
         )
-    with pytest.raises(ValueError, match=r"in_channels=3 .* got in_channels=1"):
-        BypassPrecond.fit(tiny_unet(), data[:50], held_out_digits(torch.float32))
+    nothing = data[:50] * torch.nan  # which a fit would refuse: channels are looked at before
+    bases: dict[Any, int] = {"marginal": 3, "blend": 2}
+    for base, channels in bases.items():
+        with pytest.raises(ValueError, match=rf"in_channels={channels} .* got in_channels=1"):
+            BypassPrecond.fit(tiny_unet(), nothing, held_out_digits(torch.float32), base=base)
+
+
+@pytest.mark.parametrize("name", ["fit", "from_edm"])
+def test_what_edm_does_not_fit_is_told(name: str) -> None:
+    make: Any = getattr(EDMPrecond, name)
+    with pytest.raises(TypeError, match=rf"BypassPrecond\.{name}"):
+        make(tiny_unet(), train_digits(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -65,6 +65,8 @@ TINY = [
     "report.reference_steps=8",
 ]
 OTHER = ["network.arguments.channel_mult=null", "network.arguments.attn_resolutions=null"]
+ADAMW = ["train.accumulate=4", "train.clip=1", "train.optimizer=adamw", "train.weight_decay=0.01"]
+BF16 = ["train.precision=bf16", "network.checkpoint=true"]
 FILES = {
     "README.md", "config.json", "config.yaml", "errors.csv", "heldout.csv", "metrics.jsonl",
     "model.safetensors", "probes.csv", "probes.png", "report.md", "samples.png", "skips.csv",
@@ -430,13 +432,11 @@ def explained(path: Path) -> float:
     "options",
     [
         ["data.labels=true", "loss.label_dropout=0.3", "bypass.gaussian=classes"],
-        [*OTHER, "network.name=DiT", "network.arguments.num_heads=2"],
-        [*OTHER, "network.name=MLP", "data.xflip=true"],
-        ["augment.xflip=1", "augment.scale=1", "augment.translate_frac=1", "loss.sigma_max=3"],
-        ["train.accumulate=4", "train.clip=1", "train.optimizer=adamw", "train.weight_decay=0.01"],
-        ["train.precision=bf16", "network.checkpoint=true", "data.workers=1", "train.trackers=[]"],
+        [*OTHER, "network.name=DiT", "network.arguments.num_heads=2", *ADAMW],
+        [*OTHER, "network.name=MLP", "data.xflip=true", "data.workers=1", "train.trackers=[]"],
+        [*BF16, "augment.xflip=1", "augment.scale=1", "augment.translate_frac=1", "loss.sigma_max=3"],
     ],
-    ids=["classes", "dit", "mlp-flip", "augment-truncate", "accumulate", "bf16"],
+    ids=["classes", "dit-accumulate-adamw", "mlp-flip-workers", "augment-truncate-bf16"],
 )
 def test_options_of_a_run(tmp_path: Path, options: list[str]) -> None:
     train.loop.run(tiny(tmp_path, "probe.times=1", "report.reference_steps=6", *options))
@@ -652,10 +652,11 @@ def test_compiled_it_trains_the_same(complete: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(compiled_weights[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["train.stepz=3"], "train.stepz", marks=pytest.mark.slow),
+        (["train.stepz=3"], "train.stepz"),
         (["train.batch=3"], "train.batch: expected a multiple of 2"),
     ],
 )
