@@ -65,6 +65,7 @@ TINY = [
     "report.reference_steps=8",
 ]
 OTHER = ["network.arguments.channel_mult=null", "network.arguments.attn_resolutions=null"]
+LIGHT = ["probe.times=1", "samples.every=0", "report.reference_steps=6"]
 ADAMW = ["train.accumulate=4", "train.clip=1", "train.optimizer=adamw", "train.weight_decay=0.01"]
 BF16 = ["train.precision=bf16", "network.checkpoint=true"]
 FILES = {
@@ -406,7 +407,8 @@ def test_arms_begin_with_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("brief")
 def test_it_can_begin_by_learning_the_gaussian(tmp_path: Path) -> None:
-    warm = ["precond=edm", "edm.sigma_data=1", "train.steps=60", "heldout.every=60", "probe.times=1"]
+    warm = ["precond=edm", "edm.sigma_data=1", "train.steps=60", "heldout.every=60", "probe.times=1",
+            "samples.every=0", "checkpoint.every=60"]  # fmt: skip
     train.loop.run(tiny(tmp_path / "gaussian", *warm, "loss.gaussian_steps=60"))
     train.loop.run(tiny(tmp_path / "images", *warm))
     rest = [explained(tmp_path / name / "probes.csv") for name in ("gaussian", "images")]
@@ -439,7 +441,7 @@ def explained(path: Path) -> float:
     ids=["classes", "dit-accumulate-adamw", "mlp-flip-workers", "augment-truncate-bf16"],
 )
 def test_options_of_a_run(tmp_path: Path, options: list[str]) -> None:
-    train.loop.run(tiny(tmp_path, "probe.times=1", "report.reference_steps=6", *options))
+    train.loop.run(tiny(tmp_path, *LIGHT, *options))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0.1 < row["loss"] < 5 for row in rows)
     model = gaussnet.from_pretrained(tmp_path)
@@ -449,7 +451,7 @@ def test_options_of_a_run(tmp_path: Path, options: list[str]) -> None:
 
 @pytest.mark.usefixtures("brief")
 def test_accumulated_parts_are_one_batch(complete: Path, tmp_path: Path) -> None:
-    options = ["network.arguments.dropout=0", "probe.times=1", "report.reference_steps=6"]
+    options = ["network.arguments.dropout=0", *LIGHT]
     for parts in (1, 4):
         train.loop.run(tiny(tmp_path / str(parts), f"train.accumulate={parts}", *options))
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -460,7 +462,7 @@ def test_accumulated_parts_are_one_batch(complete: Path, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("brief")
 def test_checkpointed_blocks_learn_the_same(complete: Path, tmp_path: Path) -> None:
-    options = ["probe.times=1", "report.reference_steps=6", "network.checkpoint=true"]
+    options = [*LIGHT, "network.checkpoint=true"]
     train.loop.run(tiny(tmp_path, *options))
     for name, tensor in weights(complete).items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
@@ -548,7 +550,7 @@ def test_samples_with_nan_have_no_frechet_distance(
 def test_frechet_distance_on_a_given_extractor(tmp_path: Path) -> None:
     SmallClassifier().save_pretrained(tmp_path / "features")
     options = [f"frechet.extractor={tmp_path}/features", "frechet.every=4", "frechet.samples=24"]
-    options += ["frechet.batch=10", "frechet.steps=4", "probe.times=1", "report.reference_steps=6"]
+    options += ["frechet.batch=10", "frechet.steps=4", *LIGHT]
     train.loop.run(tiny(tmp_path / "run", *options))
     with (tmp_path / "run" / "frechet.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -642,7 +644,7 @@ def test_compiled_it_trains_the_same(complete: Path, tmp_path: Path) -> None:
     # Something else that was compiled in this process, of another size and number of channels.
     other: Any = torch.compile(tiny_unet(img_resolution=16, in_channels=3, out_channels=3), backend="eager")
     other(torch.zeros(2, 3, 16, 16), torch.ones(2), None)
-    options = ["network.arguments.dropout=0", "probe.times=1", "report.reference_steps=6"]
+    options = ["network.arguments.dropout=0", *LIGHT]
     for compiled in ("false", "true"):
         train.loop.run(tiny(tmp_path / compiled, f"train.compile={compiled}", *options))
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -672,7 +674,7 @@ def test_errors_reach_the_shell_once(tmp_path: Path, arguments: list[str], messa
 
 @pytest.mark.usefixtures("brief")
 def test_errors_along_all_axes_are_the_whole_error(tmp_path: Path) -> None:
-    train.loop.run(tiny(tmp_path, "probe.times=1", "heldout.bands=4", "report.reference_steps=6"))
+    train.loop.run(tiny(tmp_path, *LIGHT, "heldout.bands=4"))
     whole = {
         (r["step"], r["weights"], r["sigma"]): float(r["error"]) for r in read_csv(tmp_path / "heldout.csv")
     }
