@@ -1,7 +1,7 @@
 """What the runs of benchmarks/bypass_ablation.py say: tables in Markdown, figures beside them.
 
     python benchmarks/bypass_report.py          writes benchmarks/bypass_ablation/{report.md, *.png} and the
-                                                block of docs/evidence.md
+                                                two blocks of docs/evidence.md
 
 All from the tables in benchmarks/bypass_ablation/. Errors are squared denoising errors per pixel on held-out
 images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log error over the
@@ -30,6 +30,7 @@ from gaussnet.plots.style import pyplot, save
 
 EVIDENCE = HERE.parent / "docs" / "evidence.md"
 MARKERS = ("<!-- ablation: made by benchmarks/bypass_report.py -->", "<!-- /ablation -->")
+SUMMARY = ("<!-- summary: made by benchmarks/bypass_report.py -->", "<!-- /summary -->")
 REFERENCE = "edm"
 OTHERS = {"bypass-classes": "edm-classes"}  # arms that are compared with another one, too
 LEAST = 1e-3  # of EDM's steps: what an arm that begins there is counted as, in means
@@ -37,6 +38,7 @@ RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 
 SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
 
 Curve = dict[int, dict[float, float]]  # step -> sigma -> error
+Runs = dict[tuple[str, int], Curve]  # (arm, seed) -> errors, of one task
 
 
 def rates() -> dict[tuple[str, str], float]:
@@ -115,12 +117,67 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
-    """The tables of a task."""
+def of_task(task: str, found: Mapping[tuple[str, str, int], Curve]) -> tuple[int, Runs, list[str]]:
+    """EDM's last step, the runs of a task that got there, and the arms of those that did not."""
     own = {(arm, seed): curve for (name, arm, seed), curve in found.items() if name == task}
     last = max((max(curve) for (arm, _), curve in own.items() if arm == REFERENCE), default=0)
     stopped = [arm for arm in ARMS if any(key[0] == arm and last not in own[key] for key in own)]
-    own = {key: curve for key, curve in own.items() if last in curve}
+    return last, {key: curve for key, curve in own.items() if last in curve}, stopped
+
+
+def paired(own: Runs, arm: str, other: str) -> list[tuple[Curve, Curve]]:
+    """The runs of two arms, by seed."""
+    return [
+        (curve, own[other, seed])
+        for (name, seed), curve in sorted(own.items())
+        if name == arm and (other, seed) in own
+    ]
+
+
+def shares(pairs: Sequence[tuple[Curve, Curve]], low: float, high: float) -> list[float]:
+    """Of the second curve's steps to its lowest error, those that the first takes to it."""
+    goals = [lowest(other, low, high) for _, other in pairs]
+    return [
+        reached(curve, target, low, high) / step
+        for (curve, _), (step, target) in zip(pairs, goals, strict=True)
+    ]
+
+
+def ratios(pairs: Sequence[tuple[Curve, Curve]], step: int) -> dict[float, float]:
+    """The geometric means of the ratios of errors, by sigma."""
+    logs = {
+        sigma: [math.log(curve[step][sigma] / other[step][sigma]) for curve, other in pairs]
+        for sigma in sorted(pairs[0][1][step])
+    }
+    return {sigma: math.exp(np.mean(values)) for sigma, values in logs.items()}
+
+
+def worst(of_levels: Mapping[float, float]) -> str:
+    """The largest ratio, and its level."""
+    sigma = max(of_levels, key=of_levels.__getitem__)
+    return f"{of_levels[sigma]:.3f} (at {sigma:g})"
+
+
+def summary_text(found: Mapping[tuple[str, str, int], Curve]) -> str:
+    """Of each task, what the defaults are worth."""
+    rows: list[list[str]] = []
+    for task, spec in TASKS.items():
+        last, own, _ = of_task(task, found)
+        for arm, other in spec.defaults.items():
+            pairs = paired(own, arm, other)
+            if not pairs:
+                continue
+            cells = [interval(shares(pairs, *bounds)) for bounds in RANGES.values()]
+            what = spec.title if other == REFERENCE else f"{spec.title}, with classes"
+            names = f"`{arm}`, `{other}`" if other != REFERENCE else f"`{arm}`"
+            rows.append([what, names, str(len(pairs)), str(last), *cells, worst(ratios(pairs, last))])
+    head = ["task", "arm", "seeds", "EDM's steps", *(f"share needed, {name}" for name in RANGES)]
+    return table([*head, "at the last step"], rows)
+
+
+def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
+    """The tables of a task."""
+    last, own, stopped = of_task(task, found)
     seeds = sorted({seed for arm, seed in own if arm == REFERENCE})
     arms = [arm for arm in ARMS if any((arm, seed) in own for seed in seeds)]
     if not seeds or len(arms) < 2:
@@ -132,32 +189,19 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
     pairs = [(arm, REFERENCE) for arm in arms]
     pairs += [(arm, other) for arm, other in OTHERS.items() if arm in arms and other in arms]
     for arm, other in pairs:
-        paired = [seed for seed in seeds if (arm, seed) in own and (other, seed) in own]
+        of_seeds = paired(own, arm, other)
         name = arm if other == REFERENCE else f"{arm}, of {other}"
         if arm == REFERENCE:
-            absolute = [np.mean([own[arm, seed][last][sigma] for seed in paired]) for sigma in sigmas]
+            absolute = [np.mean([curve[last][sigma] for curve, _ in of_seeds]) for sigma in sigmas]
             errors.append([f"{arm}, error", *(f"{value:.3g}" for value in absolute)])
             continue
-        cells: list[str] = []
-        for low, high in RANGES.values():
-            goals = [lowest(own[other, seed], low, high) for seed in paired]
-            steps = [
-                reached(own[arm, seed], target, low, high) / step
-                for seed, (step, target) in zip(paired, goals, strict=True)
-            ]
-            if not cells:
-                known = arm in costs and (other in costs or other == REFERENCE)
-                cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
-                cells.append(interval([step * cost for step in steps]) if known else "-")
-            cells.append(interval(steps))
-        ratios = [
-            [math.log(own[arm, seed][last][sigma] / own[other, seed][last][sigma]) for seed in paired]
-            for sigma in sigmas
-        ]
-        worst = max(range(len(sigmas)), key=lambda k: np.mean(ratios[k]))
-        where = f"{math.exp(np.mean(ratios[worst])):.3f} (at {sigmas[worst]:g})"
-        speeds.append([name, str(len(paired)), *cells[1:], cells[0], where])
-        errors.append([f"{name}, ratio", *(f"{math.exp(np.mean(logs)):.3f}" for logs in ratios)])
+        steps = [shares(of_seeds, *bounds) for bounds in RANGES.values()]
+        known = arm in costs and (other in costs or other == REFERENCE)
+        cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
+        time = interval([step * cost for step in steps[0]]) if known else "-"
+        of_levels = ratios(of_seeds, last)
+        speeds.append([name, str(len(of_seeds)), *map(interval, steps), time, worst(of_levels)])
+        errors.append([f"{name}, ratio", *(f"{ratio:.3f}" for ratio in of_levels.values())])
     head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
     parts = [
         f"## {task}, {last} steps",
@@ -248,7 +292,8 @@ def main() -> None:
         parts += [part for part in (text, measures_text(task) if text else "") if part]
     write(TABLES / "report.md", "\n\n".join(parts) + "\n")
     block = "\n\n".join(text.replace("## ", "### ", 1) for text in texts.values() if text)
-    write(EVIDENCE, replace_block(EVIDENCE.read_text(), MARKERS, f"\n{block}\n"))
+    page = replace_block(EVIDENCE.read_text(), SUMMARY, f"\n{summary_text(found)}\n")
+    write(EVIDENCE, replace_block(page, MARKERS, f"\n{block}\n"))
     draw_curves(found)
     draw_modes("core")
     print("\n\n".join(parts))

@@ -51,16 +51,22 @@ ARMS: dict[str, tuple[str, ...]] = {
 HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
 FEW = (*HEADLINE, "marginal-folds", "marginal-estimate-folds", "bypass-all-folds", "edm-shown-folds")
 WIDE = (*HEADLINE, "marginal-estimate")
+ENOUGH = (*FEW, "marginal-estimate")
 PARTS = (*FEW, "bypass-shown", "marginal-hidden")
-LARGEST = ("edm", "bypass-all", "marginal", "bypass-all-folds", "marginal-folds")
+LARGEST = ("edm", "bypass-all", "marginal", "marginal-estimate", "bypass-all-folds", "marginal-folds")
+DEFAULT, DEFAULT_FEW = {"marginal-estimate": "edm"}, {"marginal-estimate-folds": "edm"}
 
 
 @dataclass(frozen=True)
 class Task:
     """Images, network and steps; arms and seeds that are worth their time."""
 
+    title: str
     keys: tuple[str, ...]
     arms: tuple[str, ...] = HEADLINE
+    defaults: Mapping[str, str] = field(
+        default_factory=lambda: DEFAULT
+    )  # and the arms they are compared with
     seeds: int = 2
     steps: int = 1500
     rates: tuple[float, ...] = RATES  # of which arms choose one; none: they take that of the task `core`
@@ -77,17 +83,68 @@ MINI_EDM = ("data.pad=2", "network.arguments.channel_mult=[1,2,3,4]")
 UNET = "network.arguments.model_channels=24"
 FEATURES = "tests/fixtures/mnist_features"
 TASKS: dict[str, Task] = {
-    "core": Task(("data.source={mnist}",), CORE, 3, features=FEATURES),
-    "emoji32": Task(("data.source={emoji32}", "data.groups={groups}", "data.heldout=0.15", UNET), FEW),
-    "digits": Task(("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]"), FEW),
-    "patches": Task(("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET), FEW),
-    "dit": Task(("data.source={mnist}", *DIT), WIDE, rates=(5e-4, 1e-3, 2e-3)),  # above, runs break late
-    "mlp": Task(("data.source={mnist}", *MLP), WIDE, rates=(5e-4, 1e-3, 2e-3), widths=(512, 492, 474)),
-    "mnist-300": Task(("data.source={mnist}", "data.heldout=59700"), PARTS, rates=(), features=FEATURES),
-    "mnist-3000": Task(("data.source={mnist}", "data.heldout=57000"), FEW, rates=(), features=FEATURES),
-    "mnist-10000": Task(("data.source={mnist}", "data.heldout=50000"), LARGEST, rates=(), features=FEATURES),
+    "core": Task(
+        "MNIST",
+        ("data.source={mnist}",),
+        CORE,
+        {**DEFAULT, "bypass-classes": "edm-classes"},
+        seeds=3,
+        features=FEATURES,
+    ),
+    "emoji32": Task(
+        "emoji, colour",
+        ("data.source={emoji32}", "data.groups={groups}", "data.heldout=0.15", UNET),
+        FEW,
+        DEFAULT_FEW,
+    ),
+    "digits": Task(
+        "digits, 8x8",
+        ("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]"),
+        ENOUGH,
+    ),
+    "patches": Task(
+        "patches of photographs, colour",
+        ("data.source={patches}", "data.groups={patch_groups}", "data.heldout=0.2", UNET),
+        FEW,
+        DEFAULT_FEW,
+    ),
+    # Above these rates, runs break late.
+    "dit": Task("MNIST, DiT", ("data.source={mnist}", *DIT), WIDE, rates=(5e-4, 1e-3, 2e-3)),
+    "mlp": Task(
+        "MNIST, MLP", ("data.source={mnist}", *MLP), WIDE, rates=(5e-4, 1e-3, 2e-3), widths=(512, 492, 474)
+    ),
+    "mnist-300": Task(
+        "300 images of MNIST",
+        ("data.source={mnist}", "data.heldout=59700"),
+        PARTS,
+        DEFAULT_FEW,
+        rates=(),
+        features=FEATURES,
+    ),
+    "mnist-3000": Task(
+        "3,000 images of MNIST",
+        ("data.source={mnist}", "data.heldout=57000"),
+        FEW,
+        DEFAULT_FEW,
+        rates=(),
+        features=FEATURES,
+    ),
+    "mnist-10000": Task(
+        "10,000 images of MNIST",
+        ("data.source={mnist}", "data.heldout=50000"),
+        LARGEST,
+        rates=(),
+        features=FEATURES,
+    ),
     # At 8e-3, which short runs would choose, three of five arms break between steps 2,000 and 4,000.
-    "long": Task(("data.source={mnist}", *MINI_EDM), WIDE, steps=10_000, rates=(2e-3,), features=FEATURES),
+    "long": Task(
+        "MNIST, mini-EDM network",
+        ("data.source={mnist}", *MINI_EDM),
+        WIDE,
+        steps=10_000,
+        rates=(2e-3,),
+        features=FEATURES,
+    ),
 }
 
 

@@ -17,7 +17,7 @@ import bypass_report
 import bypass_tables
 import bypass_tasks
 from bypass_ablation import claim, waiting
-from bypass_report import Curve, curves, interval, level, reached, task_text
+from bypass_report import Curve, curves, interval, level, reached, summary_text, task_text
 from bypass_tables import merge, read
 from bypass_tasks import RATE_SEED, RATES, Run
 
@@ -92,6 +92,21 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
     assert cells[5] == "0.300 (0.300, 0.300)", "each costs 1.2 of EDM's"
     assert cells[6].startswith("0.500 (at")
     assert task_text("digits", curves()) == ""
+
+
+def test_the_summary_is_of_the_defaults(tables: Path) -> None:
+    for arm, scale in (("edm", 1.0), ("marginal-estimate", 0.5), ("edm-classes", 0.8), ("bypass-all", 0.1)):
+        collect(Run("core", arm, 0, 0.01, 400), {step: scale * step**-0.5 for step in (50, 100, 200, 400)})
+        collect(Run("digits", "marginal-estimate", 0, 0.01, 400), {400: 0.1})  # and no EDM
+    classes = {step: 0.4 * (step**-0.5 if step < 400 else 0.04) for step in (50, 100, 200, 400)}
+    collect(Run("core", "bypass-classes", 0, 0.01, 400), classes)
+    rows = [line.strip("| ").split(" | ") for line in summary_text(curves()).splitlines()[2:]]
+    assert [row[:4] for row in rows] == [
+        ["MNIST", "`marginal-estimate`", "1", "400"],
+        ["MNIST, with classes", "`bypass-classes`, `edm-classes`", "1", "400"],
+    ]
+    assert [row[4] for row in rows] == ["0.250", "0.250"]
+    assert [row[-1].split()[0] for row in rows] == ["0.500", "0.400"]
 
 
 def test_the_goal_is_the_lowest_error_that_edm_had(tables: Path) -> None:
