@@ -169,10 +169,8 @@ def summary_text(found: Mapping[tuple[str, str, int], Curve]) -> str:
                 continue
             cells = [interval(shares(pairs, *bounds)) for bounds in RANGES.values()]
             what = spec.title if other == REFERENCE else f"{spec.title}, with classes"
-            names = f"`{arm}`, `{other}`" if other != REFERENCE else f"`{arm}`"
-            rows.append([what, names, str(len(pairs)), str(last), *cells, worst(ratios(pairs, last))])
-    head = ["task", "arm", "seeds", "EDM's steps", *(f"share needed, {name}" for name in RANGES)]
-    return table([*head, "at the last step"], rows)
+            rows.append([what, str(len(pairs)), *cells, worst(ratios(pairs, last))])
+    return table(["task", "seeds", *(f"steps, {name}" for name in RANGES), "worst error"], rows)
 
 
 def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:

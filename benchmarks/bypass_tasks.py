@@ -138,7 +138,7 @@ TASKS: dict[str, Task] = {
     ),
     # At 8e-3, which short runs would choose, three of five arms break between steps 2,000 and 4,000.
     "long": Task(
-        "MNIST, mini-EDM network",
+        "MNIST, larger U-Net, 10,000 steps",
         ("data.source={mnist}", *MINI_EDM),
         WIDE,
         steps=10_000,
