@@ -53,7 +53,10 @@ FEW = (*HEADLINE, "marginal-folds", "marginal-estimate-folds", "bypass-all-folds
 WIDE = (*HEADLINE, "marginal-estimate")
 ENOUGH = (*FEW, "marginal-estimate")
 PARTS = (*FEW, "bypass-shown", "marginal-hidden")
-LARGEST = ("edm", "bypass-all", "marginal", "marginal-estimate", "bypass-all-folds", "marginal-folds")
+LARGEST = (
+    *("edm", "bypass-all", "marginal", "marginal-estimate"),
+    *("bypass-all-folds", "marginal-folds", "marginal-estimate-folds"),
+)
 DEFAULT, DEFAULT_FEW = {"marginal-estimate": "edm"}, {"marginal-estimate-folds": "edm"}
 
 
@@ -74,7 +77,7 @@ class Task:
     features: str | None = None
 
 
-CORE = tuple(arm for arm in ARMS if CROSS not in ARMS[arm])
+CORE = tuple(arm for arm in ARMS if CROSS not in ARMS[arm] or arm == "marginal-estimate-folds")
 N = "network.arguments"
 NO_UNET = (f"{N}.channel_mult=null", f"{N}.attn_resolutions=null", f"{N}.num_blocks=4")
 DIT = (*NO_UNET, "network.name=DiT", f"{N}.model_channels=128", f"{N}.patch_size=4", f"{N}.num_heads=4")
@@ -101,6 +104,7 @@ TASKS: dict[str, Task] = {
         "digits, 8x8",
         ("data.source=digits", "data.heldout=0.2", "network.arguments.channel_mult=[1,2]"),
         ENOUGH,
+        DEFAULT_FEW,
     ),
     "patches": Task(
         "patches of photographs, colour",
@@ -133,6 +137,7 @@ TASKS: dict[str, Task] = {
         "10,000 images of MNIST",
         ("data.source={mnist}", "data.heldout=50000"),
         LARGEST,
+        DEFAULT_FEW,
         rates=(),
         features=FEATURES,
     ),

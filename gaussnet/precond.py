@@ -141,7 +141,7 @@ class BypassPrecond(NetworkDenoiser):
     ) -> Self:
         """A network around closed forms that are fitted to data, all of them, in one call.
 
-        With fewer than ten samples a dimension, train it with closed forms that have not seen what they
+        With fewer than thirty samples a dimension, train it with closed forms that have not seen what they
         denoise: `CrossFit`.
 
         Args:

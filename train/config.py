@@ -93,7 +93,7 @@ class FitConfig:
     mixture_rank: int | None = 64  # eigenvectors a component
     max_data: int = 65_536  # images, drawn at random, of mixtures, marginals, delta denoiser and gate
     gate_queries: int = 1024  # noised images at each of 25 levels
-    folds: int | None = None  # of CrossFit; 0: none; null: 5 below 10 images a dimension and Gaussian
+    folds: int | None = None  # of CrossFit; 0: none; null: 5 below 30 images a dimension and Gaussian
     error_queries: int | None = None  # noised held-out images at each of 31; null: as `MeasuredError.fit`
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from train.config import NETWORKS, BypassGaussian, Config, ConfigError, Precond
 from train.data import Data, fit_source, generator_for
 
 FOLDS = 5
-FEW = 10  # images a dimension and Gaussian, below which closed forms err by percents less on their own images
+FEW = 30  # images a dimension and Gaussian, below which closed forms err a percent less on their own images
 
 
 @dataclass(frozen=True)
