@@ -341,7 +341,11 @@ def test_folds_are_fitted_without_their_images(tmp_path: Path, options: list[str
     ],
     ids=["many", "few", "few-a-cluster", "few-a-class", "enough", "few-none", "edm", "asked"],
 )
-def test_few_images_are_cross_fitted(tmp_path: Path, options: list[str], expected: int | None) -> None:
+def test_few_images_are_cross_fitted(
+    tmp_path: Path, options: list[str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.models.FEW * 64 > 1797, "all of the digits are few"
+    monkeypatch.setattr(train.models, "FEW", 10)
     config = tiny(tmp_path, *options)
     cross = fit_folds(config, load_data(config.data), Accelerator(cpu=True))
     assert (None if cross is None else len(cross.denoisers)) == expected
