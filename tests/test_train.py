@@ -27,6 +27,7 @@ import gaussnet
 import train.__main__
 import train.frechet
 import train.loop
+import train.models
 from gaussnet.metrics import SmallClassifier
 from gaussnet.summary import summarise
 from train.config import Config, ConfigError, Precond
