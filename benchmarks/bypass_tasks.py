@@ -62,14 +62,15 @@ DEFAULT, DEFAULT_FEW = {"marginal-estimate": "edm"}, {"marginal-estimate-folds":
 
 @dataclass(frozen=True)
 class Task:
-    """Images, network and steps; arms and seeds that are worth their time."""
+    """Images, network and steps; arms and seeds that are worth their time.
+
+    `defaults` are the arms that the library's defaults are, and those that they are compared with.
+    """
 
     title: str
     keys: tuple[str, ...]
     arms: tuple[str, ...] = HEADLINE
-    defaults: Mapping[str, str] = field(
-        default_factory=lambda: DEFAULT
-    )  # and the arms they are compared with
+    defaults: Mapping[str, str] = field(default_factory=lambda: DEFAULT)
     seeds: int = 2
     steps: int = 1500
     rates: tuple[float, ...] = RATES  # of which arms choose one; none: they take that of the task `core`

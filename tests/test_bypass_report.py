@@ -17,7 +17,7 @@ import bypass_report
 import bypass_tables
 import bypass_tasks
 from bypass_ablation import claim, waiting
-from bypass_report import Curve, curves, interval, level, reached, summary_text, task_text
+from bypass_report import Curve, curves, interval, level, ratios, reached, summary_text, task_text, worst
 from bypass_tables import merge, read
 from bypass_tasks import RATE_SEED, RATES, Run
 
@@ -94,10 +94,18 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
     assert task_text("digits", curves()) == ""
 
 
+def test_the_worst_level_is_that_of_the_largest_mean_ratio() -> None:
+    edm = {400: {0.1: 1.0, 1.0: 1.0, 10.0: 2.0}}
+    first, second = {400: {0.1: 0.5, 1.0: 0.9, 10.0: 4.0}}, {400: {0.1: 0.5, 1.0: 1.6, 10.0: 1.0}}
+    of_levels = ratios([(first, edm), (second, edm)], 400)
+    assert of_levels == pytest.approx({0.1: 0.5, 1.0: 1.2, 10.0: 1.0})
+    assert worst(of_levels) == "1.200 (at 1)"
+
+
 def test_the_summary_is_of_the_defaults(tables: Path) -> None:
     for arm, scale in (("edm", 1.0), ("marginal-estimate", 0.5), ("edm-classes", 0.8), ("bypass-all", 0.1)):
         collect(Run("core", arm, 0, 0.01, 400), {step: scale * step**-0.5 for step in (50, 100, 200, 400)})
-        collect(Run("digits", "marginal-estimate", 0, 0.01, 400), {400: 0.1})  # and no EDM
+    collect(Run("digits", "marginal-estimate-folds", 0, 0.01, 400), {400: 0.1})  # and no EDM
     classes = {step: 0.4 * (step**-0.5 if step < 400 else 0.04) for step in (50, 100, 200, 400)}
     collect(Run("core", "bypass-classes", 0, 0.01, 400), classes)
     rows = [line.strip("| ").split(" | ") for line in summary_text(curves()).splitlines()[2:]]
