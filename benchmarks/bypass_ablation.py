@@ -11,7 +11,8 @@ of a task and seed see the same images in the same order, the same noise, and be
 wherever shapes agree. The learning rate of each arm is the best of three in runs of a fifth of the steps,
 with a seed of its own. Several of these commands can run beside each other, each with --threads 1: a run is
 done by one of them. What was measured is added to the tables in benchmarks/bypass_ablation/ as runs end; a
-run that is there is not done again.
+run that is there is not done again. Noise is drawn on the device that trains: runs are compared with those of
+the same device where there are such, and `--device cpu` or cuda does those that the tables lack of it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from bypass_tables import HERE, TABLES, collect, last_error, read
 from bypass_tasks import ARMS, RATE_SEED, TASKS, Run, best_rate, finished, plain, runs
 
 
-def train(run: Run, folder: Path, threads: int) -> bool:
+def train(run: Run, folder: Path, threads: int, device: str | None = None) -> bool:
     """Trains, or goes on; False if another process is at it, or it is complete."""
     path = folder / run.name
     if (path / "measured.json").is_file():
@@ -39,6 +41,8 @@ def train(run: Run, folder: Path, threads: int) -> bool:
         return False
     try:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30"}
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         keys = [
             *run.keys,
             f"out={path}",
@@ -108,7 +112,12 @@ def main() -> None:
         command.add_argument("--arm", nargs="+", choices=ARMS, help="default: all of the task")
         command.add_argument("--seeds", type=int, help="default: as many as the task has")
         command.add_argument("--threads", type=int, default=1)
+        command.add_argument(
+            "--device", choices=("cpu", "cuda"), help="also runs known of another device only"
+        )
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU on this machine")
     folder = options.folder.resolve()
     data = prepare(options, folder)
     if "emoji32" in options.task and "emoji32" not in data:
@@ -123,7 +132,7 @@ def main() -> None:
 def work(tasks: list[str], options: argparse.Namespace, folder: Path, data: Mapping[str, str]) -> bool:
     """Goes through all runs once; whether anything was trained."""
     trained, errors = False, read(TABLES / "errors.csv")
-    known = finished(errors)
+    known = finished(errors, options.device)
     for task in tasks:
         arms = [arm for arm in TASKS[task].arms if options.arm is None or arm in options.arm]
         for run in runs(task, arms, options.seeds, errors, data):
@@ -133,7 +142,7 @@ def work(tasks: list[str], options: argparse.Namespace, folder: Path, data: Mapp
             elif options.command == "collect":
                 if (folder / run.name / "measured.json").is_file():
                     collect(run, folder)
-            elif run not in known and train(run, folder, options.threads):
+            elif run not in known and train(run, folder, options.threads, options.device):
                 collect(run, folder)
                 print(f"{run.name}: {last_error(folder / run.name):.4f}", flush=True)
                 trained = True

@@ -9,7 +9,8 @@ levels is the lowest that EDM had, as a share of the steps that EDM took to it (
 patches that ends above its lowest error), interpolated in the logarithm of the step; "time" is that share
 times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest ratio of errors over
 the levels, above 1 where an arm is worse than EDM somewhere. Ratios are geometric means over seeds, paired by
-seed: of three or more with 95% intervals by Student's t of their logarithms, of two with both. An arm that is
+seed, and by device where EDM was trained on both (else the noise was another): of three or more with 95%
+intervals by Student's t of their logarithms, of two with both. An arm that is
 told the class is also compared with EDM that is told.
 """
 
@@ -38,7 +39,8 @@ RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 
 SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
 
 Curve = dict[int, dict[float, float]]  # step -> sigma -> error
-Runs = dict[tuple[str, int], Curve]  # (arm, seed) -> errors, of one task
+Runs = dict[tuple[str, int, str], Curve]  # (arm, seed, device) -> errors, of one task
+Found = Mapping[tuple[str, str, int, str], Curve]  # (task, arm, seed, device) -> errors
 
 
 def rates() -> dict[tuple[str, str], float]:
@@ -62,11 +64,11 @@ def compared(table: str) -> Iterator[dict[str, str]]:
             yield row
 
 
-def curves() -> dict[tuple[str, str, int], Curve]:
-    """(task, arm, seed) -> errors."""
-    found: dict[tuple[str, str, int], Curve] = defaultdict(lambda: defaultdict(dict))
+def curves() -> dict[tuple[str, str, int, str], Curve]:
+    """(task, arm, seed, device) -> errors."""
+    found: dict[tuple[str, str, int, str], Curve] = defaultdict(lambda: defaultdict(dict))
     for row in compared("errors"):
-        curve = found[row["task"], row["arm"], int(row["seed"])]
+        curve = found[row["task"], row["arm"], int(row["seed"]), row["device"]]
         curve[int(row["step"])][float(row["sigma"])] = float(row["error"])
     return found
 
@@ -117,21 +119,34 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def of_task(task: str, found: Mapping[tuple[str, str, int], Curve]) -> tuple[int, Runs, list[str]]:
+def of_task(task: str, found: Found) -> tuple[int, Runs, list[str]]:
     """EDM's last step, the runs of a task that got there, and the arms of those that did not."""
-    own = {(arm, seed): curve for (name, arm, seed), curve in found.items() if name == task}
-    last = max((max(curve) for (arm, _), curve in own.items() if arm == REFERENCE), default=0)
+    own = {key[1:]: curve for key, curve in found.items() if key[0] == task}
+    last = max((max(curve) for key, curve in own.items() if key[0] == REFERENCE), default=0)
     stopped = [arm for arm in ARMS if any(key[0] == arm and last not in own[key] for key in own)]
     return last, {key: curve for key, curve in own.items() if last in curve}, stopped
 
 
+def partners(own: Runs, arm: str, other: str) -> dict[tuple[str, int, str], tuple[str, int, str]]:
+    """The runs of an arm, and those of another of the same seed and, where there are such, device."""
+    found: dict[tuple[str, int, str], tuple[str, int, str]] = {}
+    for key in sorted(key for key in own if key[0] == arm):
+        same = [partner for partner in sorted(own) if partner[:2] == (other, key[1])]
+        if same:
+            found[key] = min(same, key=lambda partner: partner[2] != key[2])
+    return found
+
+
 def paired(own: Runs, arm: str, other: str) -> list[tuple[Curve, Curve]]:
     """The runs of two arms, by seed."""
-    return [
-        (curve, own[other, seed])
-        for (name, seed), curve in sorted(own.items())
-        if name == arm and (other, seed) in own
-    ]
+    return [(own[key], own[partner]) for key, partner in partners(own, arm, other).items()]
+
+
+def seeds_of(own: Runs, arm: str, other: str) -> str:
+    """How many pairs there are, and whether some of them saw other noise."""
+    found = partners(own, arm, other)
+    strange = any(key[2] != partner[2] for key, partner in found.items())
+    return f"{len(found)}, other noise" if strange else f"{len(found)}"
 
 
 def shares(pairs: Sequence[tuple[Curve, Curve]], low: float, high: float) -> list[float]:
@@ -158,7 +173,7 @@ def worst(of_levels: Mapping[float, float]) -> str:
     return f"{of_levels[sigma]:.3f} (at {sigma:g})"
 
 
-def summary_text(found: Mapping[tuple[str, str, int], Curve]) -> str:
+def summary_text(found: Found) -> str:
     """Of each task, what the defaults are worth."""
     rows: list[list[str]] = []
     for task, spec in TASKS.items():
@@ -169,19 +184,19 @@ def summary_text(found: Mapping[tuple[str, str, int], Curve]) -> str:
                 continue
             cells = [interval(shares(pairs, *bounds)) for bounds in RANGES.values()]
             what = spec.title if other == REFERENCE else f"{spec.title}, with classes"
-            rows.append([what, str(len(pairs)), *cells, worst(ratios(pairs, last))])
+            rows.append([what, seeds_of(own, arm, other), *cells, worst(ratios(pairs, last))])
     return table(["task", "seeds", *(f"steps, {name}" for name in RANGES), "worst error"], rows)
 
 
-def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
+def task_text(task: str, found: Found) -> str:
     """The tables of a task."""
     last, own, stopped = of_task(task, found)
-    seeds = sorted({seed for arm, seed in own if arm == REFERENCE})
-    arms = [arm for arm in ARMS if any((arm, seed) in own for seed in seeds)]
-    if not seeds or len(arms) < 2:
+    devices = sorted({device for arm, _, device in own if arm == REFERENCE})
+    arms = [arm for arm in ARMS if paired(own, arm, REFERENCE)]
+    if len(arms) < 2:
         return ""
     costs = {row["arm"]: float(row["cost"]) for row in read(TABLES / "cost.csv") if row["task"] == task}
-    sigmas = sorted(own[REFERENCE, seeds[0]][last])
+    sigmas = sorted(next(curve for key, curve in own.items() if key[0] == REFERENCE)[last])
     speeds: list[list[str]] = []
     errors: list[list[str]] = []
     pairs = [(arm, REFERENCE) for arm in arms]
@@ -190,15 +205,17 @@ def task_text(task: str, found: Mapping[tuple[str, str, int], Curve]) -> str:
         of_seeds = paired(own, arm, other)
         name = arm if other == REFERENCE else f"{arm}, of {other}"
         if arm == REFERENCE:
-            absolute = [np.mean([curve[last][sigma] for curve, _ in of_seeds]) for sigma in sigmas]
-            errors.append([f"{arm}, error", *(f"{value:.3g}" for value in absolute)])
+            for device in devices:
+                seeds = [curve[last] for key, curve in own.items() if (key[0], key[2]) == (arm, device)]
+                absolute = [np.mean([curve[sigma] for curve in seeds]) for sigma in sigmas]
+                errors.append([f"{arm} ({device}), error", *(f"{value:.3g}" for value in absolute)])
             continue
         steps = [shares(of_seeds, *bounds) for bounds in RANGES.values()]
         known = arm in costs and (other in costs or other == REFERENCE)
         cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
         time = interval([step * cost for step in steps[0]]) if known else "-"
         of_levels = ratios(of_seeds, last)
-        speeds.append([name, str(len(of_seeds)), *map(interval, steps), time, worst(of_levels)])
+        speeds.append([name, seeds_of(own, arm, other), *map(interval, steps), time, worst(of_levels)])
         errors.append([f"{name}, ratio", *(f"{ratio:.3f}" for ratio in of_levels.values())])
     head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
     parts = [
@@ -227,21 +244,21 @@ def measures_text(task: str) -> str:
     return table(["arm", *names], rows) if rows else ""
 
 
-def draw_curves(found: Mapping[tuple[str, str, int], Curve]) -> None:
+def draw_curves(found: Found) -> None:
     """Learning curves: the mean log error, a panel a task and range of levels, a line an arm."""
-    tasks = [task for task in TASKS if any(name == task for name, _, _ in found)]
+    tasks = [task for task in TASKS if any(key[0] == task for key in found)]
     if not tasks:
         return
     plt = pyplot()
     figure, axes = plt.subplots(
         len(tasks), len(RANGES), figsize=(13, 3.4 * len(tasks)), squeeze=False, layout="constrained"
     )
-    arms = [arm for arm in ARMS if any(other == arm for _, other, _ in found)]
+    arms = [arm for arm in ARMS if any(key[1] == arm for key in found)]
     shades, lines = plt.get_cmap("tab20"), {}
     for line, task in enumerate(tasks):
         for axis, (name, (low, high)) in zip(axes[line], RANGES.items(), strict=True):
             for number, arm in enumerate(arms):
-                runs = [curve for (own, other, _), curve in found.items() if (own, other) == (task, arm)]
+                runs = [curve for key, curve in found.items() if key[:2] == (task, arm)]
                 if not runs:
                     continue
                 steps = sorted(set.intersection(*(set(run) for run in runs)) - {0})

@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def collect(run: Run, folder: Path) -> None:
 
 
 def _collect(run: Run, path: Path) -> None:
-    label = {"task": run.task, "arm": run.arm, "seed": run.seed, "lr": f"{run.lr:g}", "steps": run.steps}
+    label = label_of(run, device_of(path))
     heldout = [row for row in read(path / "heldout.csv") if row["weights"] == "ema" and shown(row["step"])]
     modes = [row for row in read(path / "modes.csv") if row["weights"] == "ema"]
     probes = [
@@ -46,6 +47,25 @@ def _collect(run: Run, path: Path) -> None:
             ("sigma", "axes", "variance", "first", "last", "gaussian", "learned"),
         )
         merge("probes", label, probes, ("step", "sigma", "reference", "mean"))
+
+
+def label_of(run: Run, device: str) -> dict[str, object]:
+    """The columns that tell runs apart; on another device a run sees other noise."""
+    named = {"task": run.task, "arm": run.arm, "seed": run.seed, "lr": f"{run.lr:g}", "steps": run.steps}
+    return {**named, "device": device}
+
+
+def device_of(path: Path) -> str:
+    """`cpu` or `cuda`, as the run's own log tells.
+
+    Raises:
+        ValueError: if the log does not tell.
+    """
+    line = r"^training .* process\(es\), (cpu|cuda)\b"
+    told = re.findall(line, (path / "log.txt").read_text(), re.MULTILINE)
+    if not told:
+        raise ValueError(f"{path / 'log.txt'}: expected a line 'training ... process(es), cpu' or cuda")
+    return told[-1]
 
 
 def shown(step: str) -> bool:

@@ -224,9 +224,9 @@ def best_rate(task: str, arm: str, errors: list[dict[str, str]]) -> float | None
     return min(logs, key=lambda lr: float(np.mean(logs[lr])))
 
 
-def finished(errors: list[dict[str, str]]) -> set[Run]:
-    """The runs whose last step is in the table of errors."""
-    ends = [row for row in errors if row["step"] == row["steps"]]
+def finished(errors: list[dict[str, str]], device: str | None = None) -> set[Run]:
+    """The runs whose last step is in the table of errors; of those of a device, or of any."""
+    ends = [row for row in errors if row["step"] == row["steps"] and device in (None, row["device"])]
     return {
         Run(row["task"], row["arm"], int(row["seed"]), float(row["lr"]), int(row["steps"])) for row in ends
     }

@@ -18,7 +18,7 @@ import bypass_tables
 import bypass_tasks
 from bypass_ablation import claim, waiting
 from bypass_report import Curve, curves, interval, level, ratios, reached, summary_text, task_text, worst
-from bypass_tables import merge, read
+from bypass_tables import device_of, label_of, merge, read
 from bypass_tasks import RATE_SEED, RATES, Run
 
 SIGMAS = (0.1, 1.0, 10.0)
@@ -66,14 +66,13 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def collect(run: Run, errors: dict[int, float]) -> None:
-    label = {"task": run.task, "arm": run.arm, "seed": run.seed, "lr": f"{run.lr:g}", "steps": run.steps}
+def collect(run: Run, errors: dict[int, float], device: str = "cpu") -> None:
     rows = [
         {"step": str(step), "sigma": str(sigma), "error": str(error * sigma)}
         for step, error in errors.items()
         for sigma in SIGMAS
     ]
-    merge("errors", label, rows, ("step", "sigma", "error"))
+    merge("errors", label_of(run, device), rows, ("step", "sigma", "error"))
 
 
 def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
@@ -92,6 +91,48 @@ def test_arms_are_compared_seed_by_seed(tables: Path) -> None:
     assert cells[5] == "0.300 (0.300, 0.300)", "each costs 1.2 of EDM's"
     assert cells[6].startswith("0.500 (at")
     assert task_text("digits", curves()) == ""
+
+
+def test_runs_are_compared_on_their_own_device_where_there_are_such(tables: Path) -> None:
+    steps, noisy = (50, 100, 200, 400), Run("core", "edm", 0, 0.01, 400)
+    collect(noisy, {step: step**-0.5 for step in steps}, "cuda")
+    collect(Run("core", "marginal", 0, 0.01, 400), {step: 0.5 * step**-0.5 for step in steps}, "cuda")
+    collect(Run("core", "marginal-estimate", 0, 0.01, 400), {step: step**-0.5 for step in steps}, "cpu")
+    collect(Run("core", "marginal-hidden", 1, 0.01, 400), {step: step**-0.5 for step in steps}, "cpu")
+    (tables / "cost.csv").write_text("task,arm,cost\n")
+
+    def cells() -> dict[str, list[str]]:
+        lines = [line.strip("| ").split(" | ") for line in task_text("core", curves()).splitlines()]
+        return {line[0]: line[1:] for line in reversed(lines) if len(line) > 2}
+
+    assert cells()["marginal"][:2] == ["1", "0.250"]
+    assert cells()["marginal-estimate"][:2] == ["1, other noise", "1.000"]
+    assert "1, other noise" in summary_text(curves())
+    collect(noisy, {step: 2 * step**-0.5 for step in steps}, "cpu")
+    assert cells()["marginal"][:2] == ["1", "0.250"], "another device's rows stay, and stay compared"
+    assert cells()["marginal-estimate"][:2] == ["1", "0.250"]
+    assert "other noise" not in summary_text(curves())
+    assert "marginal-hidden" not in cells(), "no EDM of its seed"
+    absolute = [cells()[f"edm ({device}), error"][1] for device in ("cpu", "cuda")]
+    assert absolute == ["0.1", "0.05"], "at sigma = 1"
+
+
+def test_a_run_is_done_once_a_device_if_that_is_named(tables: Path) -> None:
+    run = Run("core", "edm", 0, 0.01, 400)
+    collect(run, {400: 1.0}, "cuda")
+    errors = read(tables / "errors.csv")
+    known = {device: run in bypass_tasks.finished(errors, device) for device in (None, "cpu", "cuda")}
+    assert known == {None: True, "cpu": False, "cuda": True}
+
+
+def test_the_log_tells_the_device(tmp_path: Path) -> None:
+    line = "training 42 parameters for 8 steps of 4 images on 1 process(es), {}\n  0%| | 0/8\n"
+    for device in ("cpu", "cuda"):
+        (tmp_path / "log.txt").write_text("fit: gaussian in 1 s\n" + line.format(device))
+        assert device_of(tmp_path) == device
+    (tmp_path / "log.txt").write_text("training in 5 folds, in 2.0 s\n")
+    with pytest.raises(ValueError, match=r"log\.txt: expected a line 'training"):
+        device_of(tmp_path)
 
 
 def test_the_worst_level_is_that_of_the_largest_mean_ratio() -> None:
@@ -132,8 +173,8 @@ def test_runs_at_other_rates_are_kept_and_not_compared(tables: Path) -> None:
         collect(Run("mnist-300", "edm", 0, lr, 400), {400: full})  # takes the rate of the task core
     found = curves()
     assert {key: curve[400][1.0] for key, curve in found.items()} == {
-        ("core", "edm", 0): 0.3,
-        ("mnist-300", "edm", 0): 0.3,
+        ("core", "edm", 0, "cpu"): 0.3,
+        ("mnist-300", "edm", 0, "cpu"): 0.3,
     }
     assert len({row["lr"] for row in read(tables / "errors.csv")}) == 3
 
@@ -245,4 +286,4 @@ def test_a_task_with_one_rate_needs_no_short_runs() -> None:
     assert [(run.arm, run.seed, run.lr) for run in planned] == [("edm", 0, rate), ("marginal", 0, rate)]
     for lr, error in ((rate, 0.2), (2 * rate, 0.1)):
         collect(Run("long", "edm", 0, lr, 10_000), {10_000: error})
-    assert {key: curve[10_000][1.0] for key, curve in curves().items()} == {("long", "edm", 0): 0.2}
+    assert {key: curve[10_000][1.0] for key, curve in curves().items()} == {("long", "edm", 0, "cpu"): 0.2}
