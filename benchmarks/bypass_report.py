@@ -8,10 +8,10 @@ images, of averaged weights. "Steps to EDM's error" are the steps after which an
 levels is the lowest that EDM had, as a share of the steps that EDM took to it (all, but for one run on
 patches that ends above its lowest error), interpolated in the logarithm of the step; "time" is that share
 times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest ratio of errors over
-the levels, above 1 where an arm is worse than EDM somewhere. Ratios are geometric means over seeds, paired by
-seed, and by device where EDM was trained on both (else the noise was another): of three or more with 95%
-intervals by Student's t of their logarithms, of two with both. An arm that is
-told the class is also compared with EDM that is told.
+the levels, above 1 where an arm is worse than EDM somewhere. Ratios are geometric means over pairs of runs:
+of a seed and, where EDM was trained on it, a device; else the noise was another, and the table says so. Of
+three or more they have 95% intervals by Student's t of their logarithms, of two both stand there. An arm that
+is told the class is also compared with EDM that is told.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ EVIDENCE = HERE.parent / "docs" / "evidence.md"
 MARKERS = ("<!-- ablation: made by benchmarks/bypass_report.py -->", "<!-- /ablation -->")
 SUMMARY = ("<!-- summary: made by benchmarks/bypass_report.py -->", "<!-- /summary -->")
 REFERENCE = "edm"
-OTHERS = {"bypass-classes": "edm-classes"}  # arms that are compared with another one, too
+OTHERS = {
+    "bypass-classes": "edm-classes",
+    "marginal-classes": "edm-classes",
+}  # arms that are compared with another one, too
 LEAST = 1e-3  # of EDM's steps: what an arm that begins there is counted as, in means
 RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 0.5": (0.0, 0.49)}
 SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
@@ -110,7 +113,7 @@ def interval(shares: Sequence[float]) -> str:
         spread = float(stats.t.ppf(0.975, len(finite) - 1) * np.std(logs, ddof=1) / math.sqrt(len(finite)))
         text += f" ({math.exp(mean - spread):.3f} to {math.exp(mean + spread):.3f})"
     missing = len(shares) - len(finite)
-    return text + (f", {missing} of {len(shares)} seeds never" if missing else "")
+    return text + (f", {missing} of {len(shares)} runs never" if missing else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -142,7 +145,7 @@ def paired(own: Runs, arm: str, other: str) -> list[tuple[Curve, Curve]]:
     return [(own[key], own[partner]) for key, partner in partners(own, arm, other).items()]
 
 
-def seeds_of(own: Runs, arm: str, other: str) -> str:
+def runs_of(own: Runs, arm: str, other: str) -> str:
     """How many pairs there are, and whether some of them saw other noise."""
     found = partners(own, arm, other)
     strange = any(key[2] != partner[2] for key, partner in found.items())
@@ -184,8 +187,8 @@ def summary_text(found: Found) -> str:
                 continue
             cells = [interval(shares(pairs, *bounds)) for bounds in RANGES.values()]
             what = spec.title if other == REFERENCE else f"{spec.title}, with classes"
-            rows.append([what, seeds_of(own, arm, other), *cells, worst(ratios(pairs, last))])
-    return table(["task", "seeds", *(f"steps, {name}" for name in RANGES), "worst error"], rows)
+            rows.append([what, runs_of(own, arm, other), *cells, worst(ratios(pairs, last))])
+    return table(["task", "runs", *(f"steps, {name}" for name in RANGES), "worst error"], rows)
 
 
 def task_text(task: str, found: Found) -> str:
@@ -202,7 +205,7 @@ def task_text(task: str, found: Found) -> str:
     pairs = [(arm, REFERENCE) for arm in arms]
     pairs += [(arm, other) for arm, other in OTHERS.items() if arm in arms and other in arms]
     for arm, other in pairs:
-        of_seeds = paired(own, arm, other)
+        pairs_of = paired(own, arm, other)
         name = arm if other == REFERENCE else f"{arm}, of {other}"
         if arm == REFERENCE:
             for device in devices:
@@ -210,14 +213,14 @@ def task_text(task: str, found: Found) -> str:
                 absolute = [np.mean([curve[sigma] for curve in seeds]) for sigma in sigmas]
                 errors.append([f"{arm} ({device}), error", *(f"{value:.3g}" for value in absolute)])
             continue
-        steps = [shares(of_seeds, *bounds) for bounds in RANGES.values()]
+        steps = [shares(pairs_of, *bounds) for bounds in RANGES.values()]
         known = arm in costs and (other in costs or other == REFERENCE)
         cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
         time = interval([step * cost for step in steps[0]]) if known else "-"
-        of_levels = ratios(of_seeds, last)
-        speeds.append([name, seeds_of(own, arm, other), *map(interval, steps), time, worst(of_levels)])
+        of_levels = ratios(pairs_of, last)
+        speeds.append([name, runs_of(own, arm, other), *map(interval, steps), time, worst(of_levels)])
         errors.append([f"{name}, ratio", *(f"{ratio:.3f}" for ratio in of_levels.values())])
-    head = ["arm", "seeds", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
+    head = ["arm", "runs", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
     parts = [
         f"## {task}, {last} steps",
         table(head, speeds),

@@ -45,6 +45,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "edm-warm": ("precond=edm", "loss.gaussian_steps=150"),
     "edm-classes": ("precond=edm", "data.labels=true"),
     "bypass-classes": (BLEND, "data.labels=true", "bypass.gaussian=classes"),
+    "marginal-classes": ("bypass.base=marginal", ESTIMATE, "data.labels=true"),  # one Gaussian: the defaults
     "bypass-mixture": (BLEND, "bypass.gaussian=mixture", "bypass.components=10"),
     "bypass-truncated": (BLEND, "loss.sigma_max=10"),
 }
@@ -91,7 +92,7 @@ TASKS: dict[str, Task] = {
         "MNIST",
         ("data.source={mnist}",),
         CORE,
-        {**DEFAULT, "bypass-classes": "edm-classes"},
+        {**DEFAULT, "marginal-classes": "edm-classes"},
         seeds=3,
         features=FEATURES,
     ),
@@ -225,8 +226,9 @@ def best_rate(task: str, arm: str, errors: list[dict[str, str]]) -> float | None
 
 
 def finished(errors: list[dict[str, str]], device: str | None = None) -> set[Run]:
-    """The runs whose last step is in the table of errors; of those of a device, or of any."""
-    ends = [row for row in errors if row["step"] == row["steps"] and device in (None, row["device"])]
+    """The runs whose last step is in the table of errors; whole ones of a device, or of any."""
+    ends = [row for row in errors if row["step"] == row["steps"]]
+    ends = [row for row in ends if device in (None, row["device"]) or row["seed"] == str(RATE_SEED)]
     return {
         Run(row["task"], row["arm"], int(row["seed"]), float(row["lr"]), int(row["steps"])) for row in ends
     }

@@ -55,8 +55,8 @@ def test_interval_is_students() -> None:
     assert interval([math.inf]) == "not reached"
     assert interval([0.0, 0.0, 0.0]) == "0"
     assert interval([0.0, 0.1]) == "0.010 (0.000, 0.100)", "a thousandth, for what begins there"
-    assert interval([0.5, math.inf]) == "0.500, 1 of 2 seeds never"
-    assert interval([0.0, math.inf]) == "0, 1 of 2 seeds never"
+    assert interval([0.5, math.inf]) == "0.500, 1 of 2 runs never"
+    assert interval([0.0, math.inf]) == "0, 1 of 2 runs never"
 
 
 @pytest.fixture
@@ -119,10 +119,13 @@ def test_runs_are_compared_on_their_own_device_where_there_are_such(tables: Path
 
 def test_a_run_is_done_once_a_device_if_that_is_named(tables: Path) -> None:
     run = Run("core", "edm", 0, 0.01, 400)
+    chosen = Run("core", "edm", RATE_SEED, 0.01, 80)  # only chooses a rate
     collect(run, {400: 1.0}, "cuda")
+    collect(chosen, {80: 1.0}, "cuda")
     errors = read(tables / "errors.csv")
     known = {device: run in bypass_tasks.finished(errors, device) for device in (None, "cpu", "cuda")}
     assert known == {None: True, "cpu": False, "cuda": True}
+    assert chosen in bypass_tasks.finished(errors, "cpu")
 
 
 def test_the_log_tells_the_device(tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_the_summary_is_of_the_defaults(tables: Path) -> None:
         collect(Run("core", arm, 0, 0.01, 400), {step: scale * step**-0.5 for step in (50, 100, 200, 400)})
     collect(Run("digits", "marginal-estimate-folds", 0, 0.01, 400), {400: 0.1})  # and no EDM
     classes = {step: 0.4 * (step**-0.5 if step < 400 else 0.04) for step in (50, 100, 200, 400)}
-    collect(Run("core", "bypass-classes", 0, 0.01, 400), classes)
+    collect(Run("core", "marginal-classes", 0, 0.01, 400), classes)
     rows = [line.strip("| ").split(" | ") for line in summary_text(curves()).splitlines()[2:]]
     assert [row[:3] for row in rows] == [["MNIST", "1", "0.250"], ["MNIST, with classes", "1", "0.250"]]
     assert [row[-1].split()[0] for row in rows] == ["0.500", "0.400"]
