@@ -26,14 +26,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from bypass_tables import HERE, TABLES, collect, last_error, read
+from bypass_tables import HERE, TABLES, collect, device_of, last_error, read
 from bypass_tasks import ARMS, RATE_SEED, TASKS, Run, best_rate, finished, plain, runs
 
 
 def train(run: Run, folder: Path, threads: int, device: str | None = None) -> bool:
-    """Trains, or goes on; False if another process is at it, or it is complete."""
+    """Trains, or goes on; False if another process is at it, or it is complete.
+
+    Raises:
+        SystemExit: if a complete run is of another device than the one named.
+    """
     path = folder / run.name
     if (path / "measured.json").is_file():
+        if device not in (None, device_of(path)):
+            raise SystemExit(
+                f"{path}: expected a run on {device}, got one on {device_of(path)}: give another --folder"
+            )
         return False
     path.mkdir(parents=True, exist_ok=True)
     lock = path / "lock"
@@ -113,7 +121,7 @@ def main() -> None:
         command.add_argument("--seeds", type=int, help="default: as many as the task has")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument(
-            "--device", choices=("cpu", "cuda"), help="also runs known of another device only"
+            "--device", choices=("cpu", "cuda"), help="do also what the tables have of another alone"
         )
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -33,10 +33,7 @@ EVIDENCE = HERE.parent / "docs" / "evidence.md"
 MARKERS = ("<!-- ablation: made by benchmarks/bypass_report.py -->", "<!-- /ablation -->")
 SUMMARY = ("<!-- summary: made by benchmarks/bypass_report.py -->", "<!-- /summary -->")
 REFERENCE = "edm"
-OTHERS = {
-    "bypass-classes": "edm-classes",
-    "marginal-classes": "edm-classes",
-}  # arms that are compared with another one, too
+OTHERS = dict.fromkeys(("bypass-classes", "marginal-classes"), "edm-classes")  # compared with it, too
 LEAST = 1e-3  # of EDM's steps: what an arm that begins there is counted as, in means
 RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 0.5": (0.0, 0.49)}
 SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
@@ -141,7 +138,7 @@ def partners(own: Runs, arm: str, other: str) -> dict[tuple[str, int, str], tupl
 
 
 def paired(own: Runs, arm: str, other: str) -> list[tuple[Curve, Curve]]:
-    """The runs of two arms, by seed."""
+    """The runs of two arms, by seed and, where that can be, device."""
     return [(own[key], own[partner]) for key, partner in partners(own, arm, other).items()]
 
 
@@ -205,7 +202,7 @@ def task_text(task: str, found: Found) -> str:
     pairs = [(arm, REFERENCE) for arm in arms]
     pairs += [(arm, other) for arm, other in OTHERS.items() if arm in arms and other in arms]
     for arm, other in pairs:
-        pairs_of = paired(own, arm, other)
+        matched = paired(own, arm, other)
         name = arm if other == REFERENCE else f"{arm}, of {other}"
         if arm == REFERENCE:
             for device in devices:
@@ -213,11 +210,11 @@ def task_text(task: str, found: Found) -> str:
                 absolute = [np.mean([curve[sigma] for curve in seeds]) for sigma in sigmas]
                 errors.append([f"{arm} ({device}), error", *(f"{value:.3g}" for value in absolute)])
             continue
-        steps = [shares(pairs_of, *bounds) for bounds in RANGES.values()]
+        steps = [shares(matched, *bounds) for bounds in RANGES.values()]
         known = arm in costs and (other in costs or other == REFERENCE)
         cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
         time = interval([step * cost for step in steps[0]]) if known else "-"
-        of_levels = ratios(pairs_of, last)
+        of_levels = ratios(matched, last)
         speeds.append([name, runs_of(own, arm, other), *map(interval, steps), time, worst(of_levels)])
         errors.append([f"{name}, ratio", *(f"{ratio:.3f}" for ratio in of_levels.values())])
     head = ["arm", "runs", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]

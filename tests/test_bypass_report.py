@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bypass_report
 import bypass_tables
 import bypass_tasks
-from bypass_ablation import claim, waiting
+from bypass_ablation import claim, main, train, waiting
 from bypass_report import Curve, curves, interval, level, ratios, reached, summary_text, task_text, worst
 from bypass_tables import device_of, label_of, merge, read
 from bypass_tasks import RATE_SEED, RATES, Run
@@ -136,6 +136,28 @@ def test_the_log_tells_the_device(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("training in 5 folds, in 2.0 s\n")
     with pytest.raises(ValueError, match=r"log\.txt: expected a line 'training"):
         device_of(tmp_path)
+
+
+def test_a_folder_holds_the_run_of_one_device(tmp_path: Path) -> None:
+    run = Run("core", "edm", 0, 0.01, 400)
+    path = tmp_path / run.name
+    path.mkdir(parents=True)
+    (path / "measured.json").write_text("[]")
+    (path / "log.txt").write_text("training 42 parameters for 8 steps of 4 images on 1 process(es), cuda\n")
+    assert not train(run, tmp_path, 1), "complete"
+    assert not train(run, tmp_path, 1, "cuda")
+    with pytest.raises(SystemExit, match="expected a run on cpu, got one on cuda"):
+        train(run, tmp_path, 1, "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bypass_ablation.py", "run", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err
 
 
 def test_the_worst_level_is_that_of_the_largest_mean_ratio() -> None:
