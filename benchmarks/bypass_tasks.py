@@ -18,6 +18,8 @@ SHORT = 5  # runs that choose a learning rate have this part of the steps
 BLEND = "bypass.base=blend"
 CROSS = "fit.folds=5"
 NO_GATE, HIDDEN = "bypass.gate=false", "bypass.show_gaussian=false"
+MARGINAL = "bypass.base=marginal"
+EACH_CLASS = ("data.labels=true", "bypass.gaussian=classes", "fit.max_data=65536")
 CHANNEL, ESTIMATE = "bypass.centre=channel", "bypass.centre=estimate"
 ARMS: dict[str, tuple[str, ...]] = {
     "edm": ("precond=edm",),
@@ -46,6 +48,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "edm-classes": ("precond=edm", "data.labels=true"),
     "bypass-classes": (BLEND, "data.labels=true", "bypass.gaussian=classes"),
     "marginal-classes": ("bypass.base=marginal", ESTIMATE, "data.labels=true"),  # one Gaussian: the defaults
+    "marginal-each-class": (MARGINAL, ESTIMATE, *EACH_CLASS),
+    "marginal-each-class-folds": (MARGINAL, ESTIMATE, *EACH_CLASS, CROSS),
     "bypass-mixture": (BLEND, "bypass.gaussian=mixture", "bypass.components=10"),
     "bypass-truncated": (BLEND, "loss.sigma_max=10"),
 }
@@ -79,7 +83,8 @@ class Task:
     features: str | None = None
 
 
-CORE = tuple(arm for arm in ARMS if CROSS not in ARMS[arm] or arm == "marginal-estimate-folds")
+CROSSED = ("marginal-estimate-folds", "marginal-each-class-folds")
+CORE = tuple(arm for arm in ARMS if CROSS not in ARMS[arm] or arm in CROSSED)
 N = "network.arguments"
 NO_UNET = (f"{N}.channel_mult=null", f"{N}.attn_resolutions=null", f"{N}.num_blocks=4")
 DIT = (*NO_UNET, "network.name=DiT", f"{N}.model_channels=128", f"{N}.patch_size=4", f"{N}.num_heads=4")

@@ -156,6 +156,7 @@ def gaussian_errors(dtype: str, sigma: float, condition: float, rank: str) -> Er
         name = "flow up" if end > sigma else "flow down"
         errors[name] = max(relative(model.flow(x, sigma, end), moved), errors.get(name, 0.0))
     refined = marginal(dtype, condition, rank)
+    assert isinstance(refined.marginals, Marginals)
     expected = exact_marginal(refined.marginals, mean, law.diagonal(lambda lam: lam), left, denoised)
     errors["marginal: denoiser"] = relative(refined(x, sigma), expected)
     errors["marginal: score"] = relative(refined.score(x, sigma), (expected - exact(x)) / variance)

@@ -12,6 +12,7 @@ from gaussnet.covariance import CosineCovariance, Covariance
 from gaussnet.cross_fit import CrossFit
 from gaussnet.data import ImageData, open_images
 from gaussnet.denoisers import (
+    ComponentMarginals,
     DeltaDenoiser,
     Denoiser,
     FarFieldDenoiser,
@@ -71,6 +72,7 @@ __all__ = [
     "MLP",
     "SOLVERS",
     "BypassPrecond",
+    "ComponentMarginals",
     "CosineCovariance",
     "Covariance",
     "CrossFit",

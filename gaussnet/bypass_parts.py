@@ -7,7 +7,14 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
+from gaussnet.denoisers import (
+    ComponentMarginals,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    MarginalDenoiser,
+    Marginals,
+)
+from gaussnet.denoisers.component_marginals import check_marginals
 from gaussnet.measured import MeasuredError
 from gaussnet.numerics import result_dtype
 
@@ -40,10 +47,10 @@ def check_parts(
     gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
     base: Base,
     whiten: bool,
-    marginals: Marginals | None,
+    marginals: Marginals | ComponentMarginals | None,
     error: MeasuredError | None,
 ) -> None:
-    """Raises a ValueError unless the parts of a base make one."""
+    """Raises a ValueError, or a TypeError, unless the parts of a base make one."""
     if not float(gaussian.variance) > 0:
         raise ValueError("expected a Gaussian with variance > 0, got 0: there is nothing to learn")
     if isinstance(gaussian, GaussianMixtureDenoiser):
@@ -59,16 +66,11 @@ def check_parts(
     if (base == "marginal") != (marginals is not None):
         raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
     if marginals is not None:
-        if error is None or not isinstance(gaussian, GaussianDenoiser):
-            raise ValueError(
-                "expected a GaussianDenoiser and error=MeasuredError.fit(..., other=...) with marginals, "
-                f"got a {type(gaussian).__name__} and error={error}"
-            )
+        check_marginals(gaussian, marginals)
+        if error is None:
+            raise ValueError("expected error=MeasuredError.fit(..., other=...) with marginals, got None")
         if error.other not in ("", MarginalDenoiser.__name__):
             raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
-        if marginals.event_shape != gaussian.event_shape:
-            shapes = f"{tuple(gaussian.event_shape)} and {tuple(marginals.event_shape)}"
-            raise ValueError(f"expected a Gaussian and marginals of one event shape, got {shapes}")
     elif error is not None and error.other == MarginalDenoiser.__name__:
         raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")
 

@@ -135,5 +135,4 @@ def _closed_forms(
 ) -> tuple[Tensor, ...]:
     if not isinstance(denoiser, MarginalDenoiser):
         return (denoiser(x, sigma, class_labels),)
-    gaussian = denoiser.gaussian(x, sigma)
-    return gaussian, denoiser.marginals.refine(denoiser.gaussian, gaussian, sigma)
+    return denoiser.closed_forms(x, sigma, class_labels)

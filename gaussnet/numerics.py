@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Sigma = float | Tensor
+M = TypeVar("M", bound=nn.Module)
 
 # Settings of float32 matrix products by backend; PyTorch has them since 2.9.
 _MATMULS: list[Any] = [
@@ -122,6 +123,18 @@ def _readable_extremes(sigma: Tensor) -> list[float]:
 def _check_value(sigma: float, zero_ok: bool) -> None:
     if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not zero_ok):
         raise ValueError(f"expected sigma to be finite and {'>= 0' if zero_ok else '> 0'}, got {sigma}")
+
+
+def view(cls: type[M], **tensors: Tensor) -> M:
+    """A module of buffers that have been checked before, such as those of one component of several.
+
+    Checks read values, and on a GPU the host would wait for each.
+    """
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+    return module
 
 
 def known_true(flag: Tensor) -> bool:

@@ -19,7 +19,7 @@ share of the noise that the Gaussian removes: at the lowest noise, where the Gau
 identity and would only be something for a convolutional network to undo, the base fades to the isotropic
 skip.
 
-With base="marginal", the other half of the blend is D_m of `gaussnet.denoisers.marginal`, the Gaussian
+With base="marginal", the other half of the blend is D_m of `gaussnet.denoisers.pixel_marginals`, the Gaussian
 refined by each pixel's own distribution. Its share w(s) is the one with the least error on held-out data, and
 c_out the root of that error, both from `gaussnet.measured`. The inputs are the noise and the images that
 these find:
@@ -44,7 +44,14 @@ from torch import Tensor, nn
 
 from gaussnet.bypass_parts import Base, Centre, check_forms, check_options, check_parts
 from gaussnet.covariance import Covariance
-from gaussnet.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser, Marginals
+from gaussnet.denoisers import (
+    ComponentMarginals,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    MarginalDenoiser,
+    Marginals,
+)
+from gaussnet.denoisers.component_marginals import refine
 from gaussnet.fit.streams import Data
 from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import build, describe
@@ -72,7 +79,7 @@ class BypassPrecond(NetworkDenoiser):
             flat, but the network can tell where in the image it is; "estimate", with `show_gaussian`, D_m or
             D_gauss, over sigma. Default: "estimate" with base="marginal" where that can be, else "pixel".
         whiten: whether the network sees (Sigma + sigma^2 I)^(-1/2) (x - mu) in place of these.
-        marginals: with base="marginal", fitted to the training data.
+        marginals: with base="marginal", fitted to the training data; `ComponentMarginals` of a mixture.
         error: the base's error measured on held-out data, in place of the closed form. With marginals,
             `MeasuredError.fit(gaussian, heldout, other=MarginalDenoiser(gaussian, marginals))`.
         gate_tol: where the gate is below it, it is closed. A batch of such levels does without the network.
@@ -81,6 +88,7 @@ class BypassPrecond(NetworkDenoiser):
         sigma_max: highest level that the network was made for.
 
     Raises:
+        TypeError: if marginals of components come without a mixture, or a mixture with those of none.
         ValueError: if the network's `in_channels` or `out_channels` do not fit, the Gaussian has no
             variance, or options exclude each other.
     """
@@ -98,7 +106,7 @@ class BypassPrecond(NetworkDenoiser):
         *,
         centre: Centre | None = None,
         whiten: bool = False,
-        marginals: Marginals | None = None,
+        marginals: Marginals | ComponentMarginals | None = None,
         error: MeasuredError | None = None,
         gate_tol: float = 0.01,
         sigma_data: float | None = None,
@@ -276,7 +284,7 @@ class BypassPrecond(NetworkDenoiser):
         # In training, every process of a group has to go through its network.
         if self.gate is not None and not self.training and known_true((g == 0).all()):
             return gaussian
-        other = self._other(x, level, gaussian) if len(forms) < 2 else forms[1]
+        other = self._other(x, level, gaussian, class_labels) if len(forms) < 2 else forms[1]
         shown = [gaussian] if self.marginals is None else [gaussian, other]
         inputs = self._inputs(x, level, shown[-1])
         if self.show_gaussian:
@@ -290,7 +298,8 @@ class BypassPrecond(NetworkDenoiser):
         """The base: what the model is without its network. Arguments as in `forward`."""
         level = as_sigma(sigma, x, self._batch_shape(x), result_dtype(x))
         gaussian = self.gaussian(x, level, class_labels)
-        return self._blend(gaussian, self._other(x, level, gaussian), self._share(level, self._open(level)))
+        other = self._other(x, level, gaussian, class_labels)
+        return self._blend(gaussian, other, self._share(level, self._open(level)))
 
     def c_out(self, sigma: Sigma) -> Tensor:
         """The root mean squared error per dimension of the base, and scale of the network; shape of sigma."""
@@ -364,11 +373,10 @@ class BypassPrecond(NetworkDenoiser):
             mean, v = flat, v + (mean - flat).square().mean()
         return expand_as_event(torch.rsqrt(v + level**2), len(self.event_shape)) * (x.to(level.dtype) - mean)
 
-    def _other(self, x: Tensor, level: Tensor, gaussian: Tensor) -> Tensor:
+    def _other(self, x: Tensor, level: Tensor, gaussian: Tensor, class_labels: Tensor | None) -> Tensor:
         """What the Gaussian's estimate is blended with: the isotropic one, or that of the marginals."""
         if self.marginals is not None:
-            assert isinstance(self.gaussian, GaussianDenoiser)
-            return self.marginals.refine(self.gaussian, gaussian, level)
+            return refine(self.gaussian, self.marginals, gaussian, x, level, class_labels)
         mean, v = self._moments(gaussian.dtype)
         c_skip = expand_as_event(v / (v + level**2), len(self.event_shape))
         return mean + c_skip * (x.to(gaussian.dtype) - mean)

@@ -53,8 +53,8 @@ ANALYTIC = (
 )
 LOCAL = ("pca-local", "patch-ls", "patch-els")
 NETWORKS = ("edm", "bypass", "vp", "ve", "iddpm")
-DENOISERS = (*ANALYTIC, *LOCAL, "marginal", "guided", *NETWORKS)
-LABELLED = ("mixture-classes", "delta-classes")
+DENOISERS = (*ANALYTIC, *LOCAL, "marginal", "marginal-kmeans", "marginal-classes", "guided", *NETWORKS)
+LABELLED = ("mixture-classes", "delta-classes", "marginal-classes")
 
 
 @cache
@@ -193,6 +193,11 @@ def _denoiser(name: str, dtype: torch.dtype) -> Denoiser:
             return PatchDenoiser(data[:20], sizes=3, equivariant=True)
         case "marginal":
             return MarginalDenoiser.fit(data)
+        case "marginal-kmeans":
+            return MarginalDenoiser.fit(data, GaussianMixtureDenoiser.fit(data, n_components=3, rank=8))
+        case "marginal-classes":
+            mixture = GaussianMixtureDenoiser.fit(data, labels=labels, rank=12, prior=64)
+            return MarginalDenoiser.fit(data, mixture, labels=labels)
         case "guided":
             mixture = GaussianMixtureDenoiser.fit(data, n_components=5, rank=8)
             return GuidedDenoiser(mixture, GaussianDenoiser.fit(data, rank=10), w=1.5)

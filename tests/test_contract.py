@@ -60,6 +60,17 @@ def test_score_and_denoiser_are_tweedie(name: str, sigma: float) -> None:
     assert relative_error(d.score(x, sigma), (d(x, sigma) - x) / sigma**2) < 1e-8
 
 
+labelled_methods = pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (method, name)
+        for name in LABELLED
+        for method in ("forward", "score", "log_prob")
+        if hasattr(denoiser(name), method)
+    ],
+)
+
+
 @analytic
 @sigmas
 def test_score_is_the_gradient_of_log_prob(name: str, sigma: float) -> None:
@@ -179,8 +190,7 @@ def test_networks_take_one_batch_axis(name: str) -> None:
 # Classes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LABELLED)
-@pytest.mark.parametrize("method", ["forward", "score", "log_prob"])
+@labelled_methods
 def test_integer_and_one_hot_classes_agree(name: str, method: str) -> None:
     d, x = denoiser(name), noised(0.5, 10)
     call, labels = getattr(d, method), torch.arange(10)
@@ -191,8 +201,7 @@ def test_integer_and_one_hot_classes_agree(name: str, method: str) -> None:
     assert relative_error(call(x, 0.5), by_integer) > 1e-3, "classes matter"
 
 
-@pytest.mark.parametrize("name", LABELLED)
-@pytest.mark.parametrize("method", ["forward", "score", "log_prob"])
+@labelled_methods
 def test_rows_of_zeros_are_of_no_class(name: str, method: str) -> None:
     call, x = getattr(denoiser(name), method), noised(0.5, 4)
     labels = torch.eye(10, dtype=torch.float64)[[3, 1, 4, 1]]
@@ -203,8 +212,7 @@ def test_rows_of_zeros_are_of_no_class(name: str, method: str) -> None:
         torch.testing.assert_close(out[i], call(x, 0.5, torch.tensor([3, 1, 4, 1]))[i])
 
 
-@pytest.mark.parametrize("name", LABELLED)
-@pytest.mark.parametrize("method", ["forward", "score", "log_prob"])
+@labelled_methods
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

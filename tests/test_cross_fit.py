@@ -12,6 +12,7 @@ from gaussnet import (
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     MarginalDenoiser,
+    Marginals,
     MeasuredError,
     SongUNet,
 )
@@ -141,6 +142,7 @@ def test_a_bypass_takes_closed_forms_in_place_of_its_own(marginals: bool) -> Non
     if marginals:
         assert model.marginals is not None
         assert isinstance(model.gaussian, GaussianDenoiser)
+        assert isinstance(model.marginals, Marginals)
         own = (gaussian, model.marginals.refine(model.gaussian, gaussian, sigma))
     torch.testing.assert_close(model(x, sigma, closed_forms=own), model(x, sigma), rtol=0, atol=0)
     for k in range(len(own)):  # it sees, and adds to, each of them

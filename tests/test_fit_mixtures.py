@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gaussnet import Covariance, GaussianDenoiser, GaussianMixtureDenoiser
 from gaussnet.fit import MixtureFit, fit_covariance, fit_mixture, kmeans_labels, mixtures
-from gaussnet.fit.mixtures import FLOOR, _likeliest, _log_prob, _maximise
+from gaussnet.fit.maximisation import FLOOR, _likeliest, _log_prob, maximise
 
 
 def train_classes() -> Tensor:
@@ -384,7 +384,7 @@ def test_expectation_maximisation_is_that_of_full_matrices(
 ) -> None:
     x, labels = blobs(*shape)
     weights, means, covs, history, resp = plain_em(x, labels, rank, steps)
-    found_weights, found_means, parts, clusters, found_history = _maximise(x, labels, rank, steps)
+    found_weights, found_means, parts, clusters, found_history = maximise(x, labels, rank, steps)
     assert found_history == pytest.approx(history, rel=1e-9)
     torch.testing.assert_close(found_weights, weights, rtol=1e-9, atol=0)
     torch.testing.assert_close(torch.stack(found_means), means, rtol=0, atol=1e-9)
@@ -437,7 +437,7 @@ def test_the_log_likelihood_never_falls(count: int, start: str, rank: int | None
     for components in (1, 4, 12):
         bad = torch.randint(components, (count,), generator=torch.Generator().manual_seed(3))
         labels = kmeans_labels(data, components) if start == "k-means" else bad
-        *_, history = _maximise(data, labels, rank, 15)
+        *_, history = maximise(data, labels, rank, 15)
         assert len(history) == 16
         assert all(b >= a - 1e-9 for a, b in pairwise(history)), f"{components} components: {history}"
         if components == 4 and count > 500:
@@ -447,7 +447,7 @@ def test_the_log_likelihood_never_falls(count: int, start: str, rank: int | None
 @pytest.mark.parametrize("rank", [3, None])
 def test_convergence_is_to_the_weighted_moments(rank: int | None) -> None:
     x, labels = blobs(300, 6)
-    weights, means, parts, _, history = _maximise(x, labels, rank, 300)
+    weights, means, parts, _, history = maximise(x, labels, rank, 300)
     assert history[-1] - history[-2] < 1e-12
     joint = torch.stack([normal_logpdf(x, m, p.dense()) for m, p in zip(means, parts, strict=True)], 1)
     resp = (joint + torch.log(weights / 300)).softmax(1)
@@ -530,7 +530,7 @@ def test_components_of_less_than_a_sample_stay_where_they_are() -> None:
     # Two components of one point each, at the same place: the broad one takes a little of both.
     x = torch.cat([randn(50, 2), torch.tensor([[0.3, 0.2]] * 2, dtype=torch.float64)])
     labels = torch.cat([torch.zeros(50), torch.tensor([1.0, 2.0])]).long()
-    weights, means, parts, clusters, history = _maximise(x, labels, None, 15)
+    weights, means, parts, clusters, history = maximise(x, labels, None, 15)
     assert 0 < float(weights[1]) == pytest.approx(float(weights[2]))
     assert float(weights[1]) < 1
     assert all(b >= a - 1e-9 for a, b in pairwise(history))
@@ -544,7 +544,7 @@ def test_a_component_that_loses_all_samples_is_left_out(monkeypatch: pytest.Monk
     x = torch.tensor([-3.0] * 100 + [3.0] * 100 + [-3.0, 3.0], dtype=torch.float64)[:, None]
     labels = torch.tensor([4] * 100 + [6] * 100 + [5, 5])
     start_from(labels, monkeypatch)
-    *_, history = _maximise(x, labels, None, 150)
+    *_, history = maximise(x, labels, None, 150)
     assert all(b >= a - 1e-9 for a, b in pairwise(history))
     for steps, count in ((0, 3), (3, 3), (150, 2)):
         fitted = fit_mixture(x, 3, shrinkage="none", em_steps=steps)
@@ -557,13 +557,13 @@ def test_a_component_that_loses_all_samples_is_left_out(monkeypatch: pytest.Monk
 
 def test_components_of_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def losing(*arguments: Any) -> Any:
-        weights, *others = _maximise(*arguments)
+        weights, *others = maximise(*arguments)
         return (weights * torch.tensor([1.0, 0.0, 1.0]), *others)
 
-    monkeypatch.setattr(mixtures, "_maximise", losing)
+    monkeypatch.setattr(mixtures, "maximise", losing)
     x = blobs(90, 4)[0]
     fitted = GaussianMixtureDenoiser.fit(x, 3, shrinkage="none", em_steps=2)
-    whole = _maximise(x, kmeans_labels(x, 3), None, 2)
+    whole = maximise(x, kmeans_labels(x, 3), None, 2)
     assert fitted.n_components == 2
     torch.testing.assert_close(fitted.means, torch.stack([whole[1][0], whole[1][2]]))
     torch.testing.assert_close(fitted.eigvals, torch.stack([whole[2][0].eigvals, whole[2][2].eigvals]))
@@ -615,7 +615,7 @@ def test_data_that_do_not_vary_have_no_likelihood(value: float, shrinkage: str) 
 
 def test_densities_of_nearly_flat_components_keep_their_digits() -> None:
     data = train_digits()[:20].flatten(1)
-    _, means, parts, _, _ = _maximise(data, torch.zeros(20).long(), None, 0)
+    _, means, parts, _, _ = maximise(data, torch.zeros(20).long(), None, 0)
     assert parts[0].rank == 19  # of 64, the others at the floor
     inside = (data - means[0]) @ parts[0].eigvecs
     exact = (inside.square() / parts[0].eigvals).sum(1)  # nothing lies outside

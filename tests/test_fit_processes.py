@@ -47,6 +47,7 @@ def denoiser(share: Any, **arguments: Any) -> Any:
 def marginal(share: Any, **arguments: Any) -> Any:
     """Its Gaussian, which has to be that of all shares, too."""
     gaussian = MarginalDenoiser.fit(share if isinstance(share, Tensor) else list(share), **arguments).gaussian
+    assert isinstance(gaussian, GaussianDenoiser)
     return [gaussian.mean, gaussian.covariance.eigvals]
 
 

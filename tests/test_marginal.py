@@ -30,7 +30,7 @@ from gaussnet import (
     Marginals,
     from_pretrained,
 )
-from gaussnet.denoisers import marginal
+from gaussnet.denoisers import pixel_marginals
 
 sigmas = pytest.mark.parametrize("sigma", SIGMAS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -249,7 +249,7 @@ def test_impossible_fits(data: Any, options: Any, error: type[Exception], messag
 def test_values_that_levels_are_not_chosen_from_are_checked_too(
     bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marginal, "_POOLED", 6)
+    monkeypatch.setattr(pixel_marginals, "_POOLED", 6)
     data = torch.full((40, 2), bad)
     drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:3]
     data[drawn] = randn(3, 2, dtype=torch.float32)

@@ -670,7 +670,7 @@ def test_marginals_that_do_not_fit_are_refused() -> None:
         BypassPrecond(tiny_unet(in_channels=3), gaussian, marginals=own, error=error)
     with pytest.raises(ValueError, match="and only then, got base='marginal'"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, base="marginal", error=error)
-    with pytest.raises(ValueError, match="got a GaussianDenoiser and error=None"):
+    with pytest.raises(ValueError, match=r"expected error=MeasuredError.fit\(..., other=...\)"):
         BypassPrecond(tiny_unet(in_channels=3), gaussian, base="marginal", marginals=own)
     with pytest.raises(ValueError, match=r"in_channels=3 .* with marginals, got in_channels=2"):
         BypassPrecond(tiny_unet(in_channels=2), gaussian, base="marginal", marginals=own, error=error)
@@ -800,7 +800,8 @@ def test_every_option_is_saved(options: dict[str, Any], name: str, tmp_path: Pat
     assert loaded.to_arguments() == model.to_arguments()
     assert (loaded.sigma_min, loaded.sigma_max) == (model.sigma_min, model.sigma_max)
     x, labels = noised(0.6, 4, torch.float32), torch.arange(4)
-    assert loaded(x, 0.6, labels).equal(model(x, 0.6, labels))
+    # Memory that a file maps is aligned otherwise, on which the last digit of a product of one row depends.
+    torch.testing.assert_close(loaded(x, 0.6, labels), model(x, 0.6, labels), rtol=0, atol=1e-6)
 
 
 # From EDM -----------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_it_tells_data_and_arguments(name: str) -> None:
         "select": None,
     }
     only = {GaussianDenoiser: {"solver": "auto", "basis": "eigen"}}
-    clusters = {"n_components": None, "seed": 0, "em_steps": 0}
+    clusters = {"n_components": None, "seed": 0, "em_steps": 0, "prior": 0.0}
     for key, value in {**defaults, **only.get(cls, clusters)}.items():
         if key not in options:
             assert arguments[key] == value, key

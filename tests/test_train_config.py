@@ -138,7 +138,7 @@ def test_overrides_win_over_the_file() -> None:
         ("loss.P_std=0", r"loss\.P_std"),
         ("loss.label_dropout=0.1", r"data\.labels: expected true: the run uses classes, got False"),
         ("bypass.gaussian=classes", r"data\.labels: expected true"),
-        ("bypass.base=marginal bypass.gaussian=mixture", r"another one with bypass\.gaussian=mixture"),
+        ("bypass.prior=-1", r"bypass\.prior: expected null or >= 0, got -1"),
         ("bypass.centre=image", r"bypass\.centre: expected one of pixel, channel, estimate, got image"),
         (
             "bypass.centre=estimate bypass.whiten=true",

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, PartialState
 
 import train.data
 import train.models
-from gaussnet import Gate, GaussianMixtureDenoiser
-from gaussnet.denoisers import marginal
+from gaussnet import Gate, GaussianMixtureDenoiser, MarginalDenoiser
+from gaussnet.denoisers import pixel_marginals
 from gaussnet.gate import SIGMAS, measure_gate
 from train.callbacks import Run, error_sums
 from train.config import Config, ConfigError
@@ -125,9 +125,11 @@ def test_folds_leave_images_of_every_class(tmp_path: Path) -> None:
     cross = fit_folds(config, data, Accelerator(cpu=True))
     assert cross is not None
     for denoiser in cross.denoisers:
-        assert isinstance(denoiser, GaussianMixtureDenoiser)
-        assert denoiser.component_labels is not None
-        assert denoiser.component_labels.tolist() == [0, 1, 2]
+        assert isinstance(denoiser, MarginalDenoiser)
+        mixture = denoiser.gaussian
+        assert isinstance(mixture, GaussianMixtureDenoiser)
+        assert mixture.component_labels is not None
+        assert mixture.component_labels.tolist() == [0, 1, 2]
 
 
 def test_classes_too_rare_for_folds_are_named(tmp_path: Path) -> None:
@@ -170,11 +172,14 @@ def test_only_classes_that_occur_are_sampled(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [["bypass.base=marginal"], ["bypass.gaussian=mixture"], ["fit.folds=2"]])
+@pytest.mark.parametrize(
+    "options",
+    [["bypass.base=marginal"], ["bypass.gaussian=mixture"], ["fit.folds=2"], [*CLASSES, "fit.folds=2"]],
+)
 def test_a_resumed_run_fits_what_it_fitted(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marginal, "_POOLED", 2**10)  # of more images, levels are chosen from some
+    monkeypatch.setattr(pixel_marginals, "_POOLED", 2**10)  # of more images, levels are chosen from some
     config = configured(labelled(tmp_path, [0] * 400), *options)
     data, accelerator = load_data(config.data), Accelerator(cpu=True)
 

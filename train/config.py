@@ -132,11 +132,12 @@ class BypassConfig:
     gate: bool = True
     gate_tol: float = 0.01
     show_gaussian: bool = True
-    base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around mixtures blend
+    base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around clusters blend
     centre: str | None = None  # pixel, channel, estimate; default: estimate with base=marginal, else pixel
     whiten: bool = False
     gaussian: BypassGaussian = BypassGaussian.gaussian
     components: int = 10
+    prior: float | None = None  # samples of what all have in common, added to each; null: see chosen_prior
 
     def __post_init__(self) -> None:
         bases = get_args(Base)
@@ -149,16 +150,20 @@ class BypassConfig:
         possible = self.centre != "estimate" or (self.show_gaussian and not self.whiten)
         told = "another one with show_gaussian=false or whiten=true"
         expect("bypass.centre", self.centre, possible, told)
-        one = self.base != "marginal" or self.gaussian is BypassGaussian.gaussian
-        expect("bypass.base", self.base, one, f"another one with bypass.gaussian={self.gaussian.value}")
         expect("bypass.gate_tol", self.gate_tol, 0 <= self.gate_tol < 1, "in [0, 1)")
         expect("bypass.components", self.components, self.components >= 1, ">= 1")
+        expect("bypass.prior", self.prior, self.prior is None or self.prior >= 0, "null or >= 0")
 
     @property
     def chosen_base(self) -> Base:
         """That which is named, or the default for what it is around."""
-        default = "marginal" if self.gaussian is BypassGaussian.gaussian else "blend"
+        default = "blend" if self.gaussian is BypassGaussian.mixture else "marginal"
         return cast(Base, self.base or default)
+
+    def chosen_prior(self, dim: int) -> float:
+        """That which is given; with marginals, which small eigenvalues mislead, half a sample a dimension."""
+        default = dim / 2 if self.chosen_base == "marginal" else 0.0
+        return default if self.prior is None else self.prior
 
 
 @dataclass

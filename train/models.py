@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gaussnet import (
     BypassPrecond,
+    ComponentMarginals,
     CrossFit,
     DeltaDenoiser,
     Denoiser,
@@ -67,7 +68,7 @@ class Wrapping:
 
     base: GaussianDenoiser | GaussianMixtureDenoiser
     gate: Gate | None = None
-    marginals: Marginals | None = None
+    marginals: Marginals | ComponentMarginals | None = None
     error: MeasuredError | None = None
 
 
@@ -135,7 +136,7 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
     raw, classes = data.train[index]
     images, labels = data.train.to_float(raw).to(device), classes if data.n_classes else None
     base = fit_base(config, data, analytic.gaussian)
-    other = analytic.marginal if options.chosen_base == "marginal" else None
+    other = fit_marginal(config, data, analytic, base) if options.chosen_base == "marginal" else None
     error = None
     if other is not None or base is not analytic.gaussian:
         raw, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
@@ -188,10 +189,24 @@ def fit_base(
             config.fit.shrinkage,
             groups=None if data.groups is None else data.groups[index],
             mirror=config.data.xflip,
+            prior=options.chosen_prior(math.prod(data.event_shape)),
         )
     except ValueError as problem:
         raise ConfigError(f"bypass.gaussian: {problem}") from problem
     return mixture.to(device)
+
+
+def fit_marginal(
+    config: Config, data: Data, analytic: Analytic, base: GaussianDenoiser | GaussianMixtureDenoiser
+) -> MarginalDenoiser:
+    """The base with the marginals of all images, or of each of its components."""
+    if base is analytic.gaussian:
+        return analytic.marginal
+    raw, classes = data.train[some_indices(config, data)]
+    images = data.train.to_float(raw).to(base.mean.device)
+    labels = classes if config.bypass.gaussian is BypassGaussian.classes else None
+    drawn = generator_for(config.seed, "marginals")
+    return MarginalDenoiser.fit(images, base, labels=labels, mirror=config.data.xflip, generator=drawn)
 
 
 def gaussians(config: Config, data: Data) -> int:
@@ -222,9 +237,10 @@ def fit_folds(config: Config, data: Data, accelerator: Accelerator) -> CrossFit 
         groups = None if data.groups is None else data.groups[kept]
         part = replace(data, train=data.train.subset(kept), groups=groups)
         analytic = fit_analytic(lean, part, accelerator)
+        base = fit_base(lean, part, analytic.gaussian)
         if config.bypass.chosen_base == "marginal":
-            return analytic.marginal
-        return fit_base(lean, part, analytic.gaussian)
+            return fit_marginal(lean, part, analytic, base)
+        return base
 
     try:
         return CrossFit.fit(fit, count, folds, dealt)

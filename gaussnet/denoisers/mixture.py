@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gaussnet.covariance import Covariance, SpectralFunction
-from gaussnet.denoisers.base import Denoiser, class_index, other_class
+from gaussnet.denoisers.base import Denoiser
+from gaussnet.denoisers.gaussian import GaussianDenoiser
+from gaussnet.denoisers.routing import possible_components, rows_by_component, sole_components, used_alone
 from gaussnet.fit import Data, fit_mixture
 from gaussnet.fit.streams import check_labels
 from gaussnet.hub import record
@@ -36,6 +38,7 @@ from gaussnet.numerics import (
     full_precision,
     known_true,
     result_dtype,
+    view,
     wide_dtype,
 )
 
@@ -132,6 +135,7 @@ class GaussianMixtureDenoiser(Denoiser):
         mirror: bool = False,
         select: str | None = None,
         em_steps: int = 0,
+        prior: float = 0.0,
     ) -> Self:
         """Fits a mixture to clusters of the data (Eq. 41), or to its classes.
 
@@ -151,12 +155,15 @@ class GaussianMixtureDenoiser(Denoiser):
             em_steps: steps of expectation maximisation from the clusters; classes take none. With
                 shrinkage="none" its components are the result; otherwise each is fitted again to the samples
                 that it is most responsible for.
+            prior: so many samples of the covariance that all components have in common, about their own
+                means, are added to each one's own. With marginals around the mixture, about half as
+                many as there are dimensions are best; with shrinkage="none", a quarter, without them, too.
 
         Raises:
             TypeError: if groups, select or em_steps come with a stream of classes.
             ValueError: if not exactly one of `n_components` and classes is given, they do not fit the
-                data, a class has fewer than two samples, em_steps come with labels, or a rank by share with
-                select or em_steps.
+                data, a class has fewer than two samples, em_steps come with labels or a prior, a rank by
+                share with select or em_steps, or the prior is negative.
         """
         options: dict[str, Any] = {
             "n_components": n_components,
@@ -167,6 +174,7 @@ class GaussianMixtureDenoiser(Denoiser):
             "mirror": mirror,
             "select": select,
             "em_steps": em_steps,
+            "prior": prior,
         }
         fitted = fit_mixture(data, labels=labels, groups=groups, **options)
         mixture = cls(fitted.weights, fitted.means, fitted.covariances, fitted.classes)
@@ -208,7 +216,33 @@ class GaussianMixtureDenoiser(Denoiser):
         """K, the number of components."""
         return len(self.weights)
 
+    def component(self, k: int, rank: int | None = None) -> GaussianDenoiser:
+        """The denoiser of component k alone, with the mixture's own buffers.
+
+        Args:
+            k: its number.
+            rank: of its covariance, where it is known: else, on a GPU, the host waits for it.
+
+        Raises:
+            IndexError: if there is no such component.
+        """
+        if not 0 <= k < self.n_components:
+            raise IndexError(f"expected a component from 0 to {self.n_components - 1}, got {k}")
+        rank = int(self.ranks[k]) if rank is None else rank
+        gaussian = view(GaussianDenoiser, mean=self.means[k])
+        gaussian.covariance = view(
+            Covariance,
+            eigvecs=self.eigvecs[k, :rank].mT,
+            eigvals=self.eigvals[k, :rank],
+            tail=self.tails[k],
+        )
+        return gaussian
+
     def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        batch_shape = check_event(x, self.event_shape, type(self).__name__)
+        sole = sole_components(possible_components(class_labels, batch_shape, self.component_labels))
+        if sole is not None:
+            return self._by_class(x, sigma, sole)
         flat, level = self._flatten(x, sigma)
         fast = compute_dtype(x, self.means)
         if fast != flat.dtype and known_true(self._resolved(flat, level, fast)):
@@ -219,6 +253,15 @@ class GaussianMixtureDenoiser(Denoiser):
         with full_precision(x.device.type):
             denoised = weights @ self.means.to(flat.dtype).flatten(1) + shrunk  # Eq. 7
         return denoised.reshape(x.shape).to(result_dtype(x))
+
+    def _by_class(self, x: Tensor, sigma: Sigma, sole: Tensor) -> Tensor:
+        """The denoised `x`, each sample by its own component (*batch,) alone."""
+        level = as_sigma(sigma, x, tuple(sole.shape), result_dtype(x)).expand(sole.shape).flatten()
+        rows, ranks = x.reshape(-1, *self.event_shape), self.ranks.tolist()
+        denoised = torch.zeros_like(rows, dtype=result_dtype(x))
+        for k, mine in rows_by_component(used_alone(sole.flatten(), self.n_components)):
+            denoised = denoised.index_add(0, mine, self.component(k, ranks[k])(rows[mine], level[mine]))
+        return denoised.reshape(x.shape)
 
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         flat, level = self._flatten(x, sigma)
@@ -241,18 +284,14 @@ class GaussianMixtureDenoiser(Denoiser):
     def posterior_variance(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         # The law of total variance, one component at a time: sum_k w_k [diag C_k + (m_k - D)^2].
         flat, level = self._flatten(x, sigma)
-        weights, z = self._posterior(flat, level, class_labels)
-        denoised = self(x, sigma, class_labels).to(flat.dtype).reshape(flat.shape)
+        weights, _ = self._posterior(flat, level, class_labels)
+        wide, level = flat.reshape(x.shape), level[..., 0]
+        denoised = self(x, sigma, class_labels).to(flat.dtype)
         total = torch.zeros_like(flat)
         for k, rank in enumerate(self.ranks.tolist()):
-            eigvecs, lam = self.eigvecs[k, :rank].to(flat.dtype), self.eigvals[k, :rank].to(flat.dtype)
-            tail = self.tails[k].to(flat.dtype) * (rank < self.event_shape.numel())
-            f, f_tail = lam / (lam + level**2), tail / (tail + level**2)  # (*batch or 1, r or 1)
-            mean = self.means[k].to(flat.dtype).flatten()
-            with full_precision(x.device.type):
-                own = mean + f_tail * (flat - mean) + ((f - f_tail) * z[..., k, :rank]) @ eigvecs  # m_k
-                inside = level**2 * (f_tail + (f - f_tail) @ eigvecs**2)  # diag C_k
-            total = total + weights[..., k, None] * (inside + (own - denoised) ** 2)
+            own = self.component(k, rank)
+            spread = own.posterior_variance(wide, level) + (own(wide, level) - denoised) ** 2
+            total = total + weights[..., k, None] * spread.reshape(flat.shape)
         return total.reshape(x.shape).to(result_dtype(x))
 
     def _flatten(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor]:
@@ -307,10 +346,9 @@ class GaussianMixtureDenoiser(Denoiser):
         mahalanobis = _times(z**2, excess, wide).sum(-1, dtype=wide) + partial * distance2 / outside
         logdet = torch.log(variances).sum(-1, dtype=wide) + (dim - rank) * torch.log(outside)
         log_prior = torch.log(self.weights.to(wide))
-        if class_labels is not None and self.component_labels is not None:
-            labels = class_index(class_labels, tuple(flat.shape[:-1]), self.component_labels)
-            other = other_class(labels, self.component_labels)
-            log_prior = log_prior.expand(*other.shape).masked_fill(other, -math.inf)
+        possible = possible_components(class_labels, tuple(flat.shape[:-1]), self.component_labels)
+        if possible is not None:
+            log_prior = log_prior.expand(*possible.shape).masked_fill(~possible, -math.inf)
         return log_prior - 0.5 * (mahalanobis + logdet + dim * math.log(2 * math.pi)), log_prior, z
 
     def _posterior(self, flat: Tensor, level: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Clusters for Gaussian mixtures: mini-batch k-means, as in Sec. A.5 of arXiv 2412.09726."""
+"""Clusters for Gaussian mixtures: mini-batch k-means, as in Sec. A.5 of arXiv 2412.09726.
+
+And clusters of equal samples, which have no covariance but 0.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import logging
 import numpy as np
 import torch
 from torch import Tensor
+
+from gaussnet.covariance import Covariance
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -54,3 +59,15 @@ def kmeans_labels(data: Tensor, n_components: int, seed: int = 0, min_count: int
         labels[moved] = distances[moved].argmin(1)
     _, labels = np.unique(labels, return_inverse=True)
     return torch.from_numpy(labels.astype(np.int64)).to(data.device)
+
+
+def all_equal(members: Tensor) -> bool:
+    """Whether samples are one point, N(y, 0), but for rounding: what `fit_covariance` refuses."""
+    rows = members.double().flatten(1)
+    mean = rows.mean(0)
+    return float((rows - mean).square().sum(1).mean()) <= 1e-24 * float(mean.square().sum())
+
+
+def point(mean: Tensor) -> Covariance:
+    """The covariance of samples that are all equal."""
+    return Covariance(mean.new_zeros(mean.numel(), 0), mean.new_zeros(0), tail=0.0)

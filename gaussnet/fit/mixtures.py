@@ -1,19 +1,14 @@
 """Mixtures of Gaussians: clusters or classes, and expectation maximisation.
 
 Components are clusters of mini-batch k-means (Sec. A.5 of arXiv 2412.09726), or classes; each is fitted as a
-Gaussian of its own. Expectation maximisation then refines clusters as a mixture of probabilistic principal
-component analysers (Tipping and Bishop 1999): with responsibilities r_ik = p(k | x_i), weights are their
-means, means and covariances their weighted moments, cut to `rank` axes and the mean dropped eigenvalue, which
-is the exact maximum. Variances stay above a floor: of all covariances above it, the clamped one is the most
-likely, so that the log-likelihood never falls and a component cannot collapse.
+Gaussian of its own, to which `pooling` adds what all have in common; `maximisation` refines clusters.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,17 +16,14 @@ import torch
 from torch import Tensor
 
 from gaussnet.covariance import Covariance
-from gaussnet.fit.clusters import kmeans_labels
-from gaussnet.fit.moments import fit_class_moments, fold_members, inner, merge_all
+from gaussnet.fit.clusters import all_equal, kmeans_labels, point
+from gaussnet.fit.maximisation import maximise
+from gaussnet.fit.moments import Moments, fit_class_moments, fold_members, merge_all
+from gaussnet.fit.pooling import check_prior, pool
 from gaussnet.fit.selection import held_out
-from gaussnet.fit.shrinkage import FOLDS, truncate
-from gaussnet.fit.solvers import Axes, gram_axes
-from gaussnet.fit.spectrum import check_options, fit_covariance, fit_moments_covariance, split_rank
+from gaussnet.fit.shrinkage import FOLDS
+from gaussnet.fit.spectrum import Fit, check_options, fit_covariance, fit_moments_covariance, split_rank
 from gaussnet.fit.streams import Data, as_tensor, batches, check_labels, check_mirror, check_order
-
-FLOOR = 1e-6  # of the mean variance per dimension: the least variance in expectation maximisation
-_ABSENT = 1e-12  # responsibility below which a sample does not count for a component
-_ROWS = 4096
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -75,6 +67,7 @@ def fit_mixture(
     mirror: bool = False,
     select: str | None = None,
     em_steps: int = 0,
+    prior: float = 0.0,
 ) -> MixtureFit:
     """Fits a mixture to clusters or classes.
 
@@ -93,6 +86,8 @@ def fit_mixture(
         em_steps: steps of expectation maximisation from the clusters; classes take none, whose components
             would leave them. With shrinkage="none" its components are the result; otherwise each is fitted
             again to the samples that it is most responsible for.
+        prior: so many samples of the covariance that all components have in common, that about their own
+            means, are added to the covariance of each (`gaussnet.fit.pooling`).
 
     Returns:
         Weights, means and covariances of the components.
@@ -100,8 +95,9 @@ def fit_mixture(
     Raises:
         TypeError: if a batch is neither a tensor nor an array.
         ValueError: if not exactly one of `n_components` and classes is given, they do not fit the data, a
-            class has fewer than two samples, `em_steps` come with `labels`, a share with `select` or
-            `em_steps`, for a DataLoader that shuffles, with groups or labels, or as in `fit_covariance`.
+            class has fewer than two samples, `em_steps` come with `labels` or a prior, a share with `select`
+            or `em_steps`, for a prior that is no number >= 0, for a DataLoader that shuffles, with groups or
+            labels, or as in `fit_covariance`.
 
     Example:
         >>> data, labels = torch.tensor([[0.0], [2.0], [5.0], [7.0]]), torch.tensor([0, 0, 1, 1])
@@ -124,6 +120,9 @@ def fit_mixture(
             "got labels"
         )
     check_options(shrinkage=shrinkage, tail=tail, select=select)
+    check_prior(prior)
+    if em_steps and prior:
+        raise ValueError(f"em_steps finds the likeliest covariances: expected prior=0 with them, got {prior}")
     if split_rank(rank)[1] is not None and (em_steps or select):
         raise ValueError(f"expected an integer rank with {'em_steps' if em_steps else 'select'}, got {rank}")
     options: dict[str, Any] = {"shrinkage": shrinkage, "tail": tail}
@@ -132,7 +131,7 @@ def fit_mixture(
             raise TypeError(
                 f"groups, select and em_steps need an array of samples, got {type(data).__name__}"
             )
-        return _fit_stream(data, rank, mirror, options)
+        return _fit_stream(data, rank, mirror, options, prior)
     if groups is not None or labels is not None:
         check_order(data)
     samples = _in_memory(data)
@@ -157,14 +156,22 @@ def fit_mixture(
     assert clusters is not None
     history: list[float] = []
     if em_steps:
-        weights, means, parts, clusters, history = _maximise(samples, clusters, rank, em_steps)
+        weights, means, parts, clusters, history = maximise(samples, clusters, rank, em_steps)
         if shrinkage == "none" and select is None:
             weights = weights.to(samples.dtype)
             kept = weights > 0  # a component may lose all of its samples
             stacked = torch.stack(means).to(samples.dtype).reshape(-1, *samples.shape[1:])
             found = [_cut(parts[k], tail).to(samples.dtype) for k in kept.nonzero()[:, 0].tolist()]
             return MixtureFit(weights[kept], stacked[kept], found, log_likelihood=history)
-    return _fit_each(samples, clusters, labels, groups, rank, {**options, "select": select}, history)
+    options["select"] = select
+    fitted = _fit_each(samples, clusters, labels, groups, rank, options, history)
+    if prior:
+        index = torch.unique(clusters, return_inverse=True)[1]
+        about_own = samples - fitted.means.to(samples)[index]
+        if not all_equal(about_own):
+            within = _fit_members("all components", about_own, groups, rank, options).covariance
+            return _pooled(fitted, within, prior, rank, tail)
+    return fitted
 
 
 def _fit_each(
@@ -183,18 +190,12 @@ def _fit_each(
     for k in names.tolist():
         mine = clusters == k
         members = samples[mine]
-        if _all_equal(members):
+        if all_equal(members):
             means.append(members[0])
-            covariances.append(_point(members[0]))
+            covariances.append(point(members[0]))
             continue
         own = None if groups is None else groups[mine.cpu()]
-        chosen = {**options}
-        if chosen["select"] and (len(members) < 4 * FOLDS or held_out(len(members), own) is None):
-            log.info("too few samples or groups to hold some of component %d out: %d", k, len(members))
-            chosen["select"] = None
-        fitted = fit_covariance(
-            members, _allowed(rank, len(members), members[0].numel()), groups=own, **chosen
-        )
+        fitted = _fit_members(f"component {k}", members, own, rank, options)
         means.append(fitted.mean)
         covariances.append(fitted.covariance)
     stacked = torch.stack(means)
@@ -203,7 +204,25 @@ def _fit_each(
     )
 
 
-def _fit_stream(data: Data, rank: int | float | None, mirror: bool, options: dict[str, Any]) -> MixtureFit:
+def _fit_members(
+    name: str, members: Tensor, groups: Tensor | None, rank: int | float | None, options: dict[str, Any]
+) -> Fit:
+    if options["select"] and (len(members) < 4 * FOLDS or held_out(len(members), groups) is None):
+        log.info("too few samples or groups to hold some of %s out: %d", name, len(members))
+        options = {**options, "select": None}
+    return fit_covariance(members, _allowed(rank, len(members), members[0].numel()), groups=groups, **options)
+
+
+def _pooled(
+    fitted: MixtureFit, within: Covariance, prior: float, rank: int | float | None, tail: str
+) -> MixtureFit:
+    pooled = pool(fitted.covariances, fitted.weights.tolist(), within, prior, rank, tail)
+    return replace(fitted, covariances=pooled)
+
+
+def _fit_stream(
+    data: Data, rank: int | float | None, mirror: bool, options: dict[str, Any], prior: float
+) -> MixtureFit:
     """A Gaussian for each class of a stream of (images, labels)."""
     folds = FOLDS if options["shrinkage"] == "cv" else 1
     found = fit_class_moments(data, folds=folds, mirror=mirror)
@@ -218,14 +237,28 @@ def _fit_stream(data: Data, rank: int | float | None, mirror: bool, options: dic
     for moments, parts, variance in zip(whole, found.values(), within, strict=True):
         if variance <= rounding:
             mean = moments.mean.to(moments.dtype).reshape(moments.event_shape)
-            fits.append((mean, _point(mean)))
+            fits.append((mean, point(mean)))
         else:
             allowed = _allowed(rank, moments.count, len(moments.mean))
             fitted = fit_moments_covariance(parts, allowed, grouped=mirror, **options)
             fits.append((fitted.mean, fitted.covariance))
     means = torch.stack([mean for mean, _ in fits])
     classes = torch.tensor(list(found), device=means.device)
-    return MixtureFit(weights.to(means.dtype), means, [covariance for _, covariance in fits], classes)
+    fitted = MixtureFit(weights.to(means.dtype), means, [covariance for _, covariance in fits], classes)
+    if not prior or bool((within <= rounding).all()):
+        return fitted
+    allowed = _allowed(rank, sum(counts), len(whole[0].mean))
+    common = fit_moments_covariance(_about_own(found, whole), allowed, grouped=mirror, **options)
+    return _pooled(fitted, common.covariance, prior, rank, options["tail"])
+
+
+def _about_own(found: dict[int, list[Moments]], whole: list[Moments]) -> list[Moments]:
+    """The moments of the folds of all classes together, each class about its own mean."""
+    folds: dict[int, list[Moments]] = {}
+    for parts, own in zip(found.values(), whole, strict=True):
+        for fold, part in enumerate(parts):
+            folds.setdefault(fold, []).append(replace(part, mean=part.mean - own.mean))
+    return [merge_all(parts) for parts in folds.values()]
 
 
 def _check_classes(classes: list[int], counts: list[int]) -> None:
@@ -251,91 +284,5 @@ def _in_memory(data: Data) -> Tensor:
     return torch.cat(parts)
 
 
-def _all_equal(members: Tensor) -> bool:
-    """Whether samples are one point, N(y, 0), but for rounding: what `fit_covariance` refuses."""
-    rows = members.double().flatten(1)
-    mean = rows.mean(0)
-    return float((rows - mean).square().sum(1).mean()) <= 1e-24 * float(mean.square().sum())
-
-
-def _point(mean: Tensor) -> Covariance:
-    return Covariance(mean.new_zeros(mean.numel(), 0), mean.new_zeros(0), tail=0.0)
-
-
 def _cut(covariance: Covariance, tail: str) -> Covariance:
     return covariance if tail == "mean" else Covariance(covariance.eigvecs, covariance.eigvals)
-
-
-# Expectation maximisation -------------------------------------------------------------------------
-
-
-def _maximise(
-    samples: Tensor, clusters: Tensor, rank: int | float | None, steps: int
-) -> tuple[Tensor, list[Tensor], list[Covariance], Tensor, list[float]]:
-    """Weights (counts), means (D,), covariances, the likeliest cluster of each sample, log-likelihoods."""
-    flat = samples.double().flatten(1)
-    floor = FLOOR * float(flat.var(0, correction=0).mean())
-    if _all_equal(flat):
-        raise ValueError(f"expected data that vary, got {len(flat)} samples that are all equal")
-    names, index = torch.unique(clusters, return_inverse=True)
-    responsibilities = torch.nn.functional.one_hot(index, len(names)).double()
-    dim = flat.shape[1]
-    ranks = [min(int(rank or dim), max(int(count) - 1, 1), dim) for count in responsibilities.sum(0)]
-    means = [flat[0]] * len(names)
-    parts = [_point(flat[0])] * len(names)
-    history: list[float] = []
-    for step in range(steps + 1):
-        for k, size in enumerate(ranks):
-            if float(responsibilities[:, k].sum()) >= 1:  # less than a sample cannot move a component
-                means[k], parts[k] = _maximum(flat, responsibilities[:, k], size, floor)
-        shares = responsibilities.mean(0)
-        log_joint = torch.log(shares) + torch.stack(
-            [_log_prob(flat, mean, part) for mean, part in zip(means, parts, strict=True)], 1
-        )
-        history.append(float(torch.logsumexp(log_joint, 1).mean()))
-        log.info("expectation maximisation, step %d: log-likelihood %.6g per sample", step, history[-1])
-        responsibilities = torch.softmax(log_joint, 1)
-    return shares * len(flat), means, parts, names[_likeliest(log_joint)], history  # pyright: ignore[reportPossiblyUnboundVariable, reportReturnType]
-
-
-def _likeliest(log_joint: Tensor) -> Tensor:
-    """The likeliest component of each sample, of those that are the likeliest of more than one."""
-    log_joint = log_joint.clone()
-    while True:
-        index = log_joint.argmax(1)
-        single = (torch.bincount(index) == 1).nonzero()[:, 0]
-        if not len(single):
-            return index
-        log_joint[:, single[0]] = -math.inf
-
-
-def _maximum(flat: Tensor, weights: Tensor, rank: int, floor: float) -> tuple[Tensor, Covariance]:
-    """The likeliest mean and covariance for weighted samples, with variances of at least `floor`."""
-    present = weights > _ABSENT
-    rows, weights = flat[present], weights[present]
-    total = weights.sum()
-    mean = weights @ rows / total
-    scaled = (rows - mean) * torch.sqrt(weights / total)[:, None]
-    dim = flat.shape[1]
-    if len(rows) < dim:
-        axes = gram_axes(scaled * len(rows) ** 0.5)  # whose covariance is over the number of rows
-    else:
-        eigvals, eigvecs = torch.linalg.eigh(inner(scaled))
-        axes = Axes(eigvals.flip(0).clamp_min(0), eigvecs.flip(1))
-    axes, tail = truncate(axes, total.new_zeros(()), rank)  # all axes: nothing varies outside of them
-    return mean, Covariance(axes.eigvecs.contiguous(), axes.eigvals.clamp_min(floor), tail.clamp_min(floor))
-
-
-def _log_prob(flat: Tensor, mean: Tensor, covariance: Covariance) -> Tensor:
-    """Log N(x; mean, covariance) of each row, (N,)."""
-    outside = covariance.dim - covariance.rank
-    found: list[Tensor] = []
-    for rows in flat.split(_ROWS):
-        u = rows - mean
-        c = covariance.to_basis(u)
-        mahalanobis = (c.square() / covariance.eigvals).sum(1)
-        if outside:  # the vectors outside, for a difference of squares loses what little is there
-            mahalanobis = mahalanobis + (u - covariance.from_basis(c)).square().sum(1) / covariance.tail
-        found.append(mahalanobis)
-    constant = covariance.logdet(0.0) + covariance.dim * math.log(2 * math.pi)
-    return -0.5 * (torch.cat(found) + constant)
