@@ -133,6 +133,13 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--em-steps", type=int, default=0, help="of expectation maximisation from clusters (default: 0)"
     )
+    fit.add_argument(
+        "--prior",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="samples of the covariance that clusters or classes have in common, added to each (default: 0)",
+    )
     fit.add_argument("--seed", type=int, default=0, help="of the clustering (default: 0)")
     fit.add_argument(
         "--groups", type=Path, metavar="FILE.npy", help="an integer an image: variants of one image share it"
@@ -202,6 +209,8 @@ def _fitted(options: argparse.Namespace, images: ImageData, rank: int, world: in
     if options.em_steps and options.components is None:
         got = ", got --classes, whose components would leave them" if options.classes else ""
         raise ValueError(f"--em-steps is an option of clusters: expected --components{got}")
+    if options.prior and not mixture:
+        raise ValueError("--prior is an option of mixtures: expected --components or --classes")
     if options.classes and images.labels is None:
         raise ValueError(f"--classes: {images.name} has no class labels")
     if world > 1 and not alone:
@@ -235,6 +244,7 @@ def _fitted(options: argparse.Namespace, images: ImageData, rank: int, world: in
         mirror=options.mirror,
         select=options.select,
         em_steps=options.em_steps,
+        prior=options.prior,
     )
 
 

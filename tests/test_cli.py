@@ -63,9 +63,9 @@ def test_fit_is_the_library_s(images: Path, tmp_path: Path, capsys: pytest.Captu
 def test_every_kind(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x, labels = loaded(images)
     command = ["fit", str(images), "--rank", "5", "--shrinkage", "none"]
-    assert main([*command, "--classes", "--out", str(tmp_path / "classes")]) == 0
+    assert main([*command, "--classes", "--prior", "20", "--out", str(tmp_path / "classes")]) == 0
     by_class, queries = from_pretrained(tmp_path / "classes"), x[:8] + 0.3
-    expected = GaussianMixtureDenoiser.fit(x, labels=labels, rank=5, shrinkage="none")
+    expected = GaussianMixtureDenoiser.fit(x, labels=labels, rank=5, shrinkage="none", prior=20)
     ten = torch.arange(8)
     assert relative_error(by_class(queries, 0.5, ten), expected(queries, 0.5, ten)) < 1e-6
     assert capsys.readouterr().out.count("\n| ") >= 12, "a row for each class"
@@ -113,6 +113,14 @@ def test_rank_by_share_groups_and_selection(
         (["digits", "--delta", "--mirror"], "--mirror is an option of fits: --delta keeps the data"),
         (["digits", "--delta", "--rank", "3"], "--rank is an option of fits"),
         (["digits", "--delta", "--groups", "missing.npy"], "--groups is an option of fits"),
+        (
+            ["digits", "--prior", "3"],
+            "--prior is an option of mixtures: expected --components or --classes\n",
+        ),
+        (
+            ["digits", "--classes", "--prior", "-1"],
+            "expected a finite prior >= 0, a number of samples, got -1.0\n",
+        ),
         (["digits", "--em-steps", "3"], "--em-steps is an option of clusters: expected --components\n"),
         (
             ["digits", "--em-steps", "3", "--classes"],

@@ -204,6 +204,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ComponentMarginals.fit(data, base, labels + 42 * (labels == 9) - 9 * (labels == 9))
     with pytest.raises(ValueError, match="200"):
         ComponentMarginals.fit(data, base, labels[:7])
+    with pytest.raises(ValueError, match="expected a label for each of 200 samples, got 207"):
+        ComponentMarginals.fit([data], base, torch.cat([labels, labels[:7]]))
     with pytest.raises(ValueError, match="expected a mixture of classes with labels, got a GaussianDenoiser"):
         MarginalDenoiser.fit(data, GaussianDenoiser.fit(data), labels=labels)
     with pytest.raises(TypeError, match="got a GaussianMixtureDenoiser with Marginals"):

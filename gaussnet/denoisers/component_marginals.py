@@ -103,10 +103,13 @@ class ComponentMarginals(nn.Module):
             check_order(data)
             count = len(data) if isinstance(data, (Tensor, np.ndarray)) else len(labels)
             labels = check_labels(labels, count)
-        sigma = _NEAR * float(mixture.variance) ** 0.5
+        sigma, seen = _NEAR * float(mixture.variance) ** 0.5, 0
 
         def component_of(start: int, batch: Tensor, own: Any) -> Tensor:
-            classes = own if labels is None else labels[start : start + len(batch)]
+            nonlocal seen
+            classes, seen = own, start + len(batch)
+            if labels is not None:
+                classes = labels[start:seen]
             if mixture.component_labels is None:
                 classes = None
             elif classes is None:
@@ -122,6 +125,8 @@ class ComponentMarginals(nn.Module):
 
         options: dict[str, Any] = {"mirror": mirror, "all_processes": all_processes}
         found = count_levels(data, n_levels, prior, generator, component_of, mixture.n_components, **options)
+        if labels is not None and seen != len(labels):
+            raise ValueError(f"expected a label for each of {seen} samples, got {len(labels)}")
         return cls(*found)
 
     @property
@@ -168,19 +173,21 @@ class ComponentMarginals(nn.Module):
         x, denoised = (image.reshape(-1, *self.event_shape) for image in (x, denoised))
         level = level.reshape(-1)
         total, ranks = torch.zeros_like(denoised), mixture.ranks.tolist()
+        parts: list[tuple[int, Tensor, bool]] = []  # component, rows, and whether D_gauss is that of it alone
         if known_true(weights.sum() > 0):
             used = weights > torch.finfo(weights.dtype).eps
-            parts = rows_by_component(used)
-            alone = bool((used.sum(1) == 1).all())  # then D_gauss is that of the one component
+            sole = used.sum(1, keepdim=True) == 1
+            parts += [(k, rows, True) for k, rows in rows_by_component(used & sole)]
+            parts += [(k, rows, False) for k, rows in rows_by_component(used & ~sole)]
         else:  # nothing can be read: each sample with each component
-            parts = ((k, torch.arange(len(x), device=x.device)) for k in range(self.n_components))
-            alone = False
-        for k, mine in parts:
-            own, s = mixture.component(k, ranks[k]), level[mine]
-            d = denoised[mine] if alone else own(x[mine], s)
-            share = weights[mine, k].reshape(-1, *[1] * len(self.event_shape))
+            every = torch.arange(len(x), device=x.device)
+            parts += [(k, every, False) for k in range(self.n_components)]
+        for k, rows, sole in parts:
+            own, s = mixture.component(k, ranks[k]), level[rows]
+            d = denoised[rows] if sole else own(x[rows], s)
+            share = weights[rows, k].reshape(-1, *[1] * len(self.event_shape))
             refined = share * self.component(k).refine(own, d, s)
-            total = total.index_add(0, mine, refined.to(total))
+            total = total.index_add(0, rows, refined.to(total))
         return total.reshape(*batch_shape, *self.event_shape)
 
     def to_arguments(self) -> dict[str, Any]:
