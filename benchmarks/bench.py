@@ -63,6 +63,7 @@ ENTRIES = (
     Entry("analytic_speed", "--repeats 7", "--repeats 15"),
     Entry("fitting", "--repeats 2", "--repeats 5", takes=("mnist", "emoji")),
     Entry("few_images", needs=("emoji",), takes=("mnist",)),
+    Entry("classes", None, takes=("mnist",)),
     Entry("local_denoisers"),
     Entry("precision", "--queries 16 --images 10000", "--queries 64", takes=("mnist",)),
     Entry("conditioning"),

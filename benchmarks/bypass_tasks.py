@@ -51,6 +51,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "marginal-each-class": (MARGINAL, ESTIMATE, *EACH_CLASS),
     "marginal-each-class-folds": (MARGINAL, ESTIMATE, *EACH_CLASS, CROSS),
     "bypass-mixture": (BLEND, "bypass.gaussian=mixture", "bypass.components=10"),
+    "marginal-mixture": (
+        *(MARGINAL, ESTIMATE, "bypass.gaussian=mixture", "bypass.components=10"),
+        *("fit.max_data=65536", "fit.error_queries=512"),
+    ),
     "bypass-truncated": (BLEND, "loss.sigma_max=10"),
 }
 HEADLINE = ("edm", "bypass-all", "marginal", "edm-moments", "edm-shown")
