@@ -101,7 +101,7 @@ TASKS: dict[str, Task] = {
         "MNIST",
         ("data.source={mnist}",),
         CORE,
-        {**DEFAULT, "marginal-classes": "edm-classes"},
+        {**DEFAULT, "marginal-each-class-folds": "edm-classes"},
         seeds=3,
         features=FEATURES,
     ),
