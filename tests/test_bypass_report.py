@@ -173,7 +173,7 @@ def test_the_summary_is_of_the_defaults(tables: Path) -> None:
         collect(Run("core", arm, 0, 0.01, 400), {step: scale * step**-0.5 for step in (50, 100, 200, 400)})
     collect(Run("digits", "marginal-estimate-folds", 0, 0.01, 400), {400: 0.1})  # and no EDM
     classes = {step: 0.4 * (step**-0.5 if step < 400 else 0.04) for step in (50, 100, 200, 400)}
-    collect(Run("core", "marginal-classes", 0, 0.01, 400), classes)
+    collect(Run("core", "marginal-each-class-folds", 0, 0.01, 400), classes)
     rows = [line.strip("| ").split(" | ") for line in summary_text(curves()).splitlines()[2:]]
     assert [row[:3] for row in rows] == [["MNIST", "1", "0.250"], ["MNIST, with classes", "1", "0.250"]]
     assert [row[-1].split()[0] for row in rows] == ["0.500", "0.400"]

@@ -317,15 +317,16 @@ def test_folds_are_fitted_without_their_images(tmp_path: Path, options: list[str
     fit = load_data(config.data)
     part = replace(fit, train=fit.train.subset(rest))
     analytic = fit_analytic(config, part, accelerator)
-    base = fit_wrapping(config, part, analytic, accelerator).base
+    wrapping = fit_wrapping(config, part, analytic, accelerator)
     index = (cross.folds == 1).nonzero()[:4, 0]
     raw, labels = data.train[index]
     x, one_hot = data.train.to_float(raw) + 0.3, data.one_hot(labels)
     forms = cross(x, 0.5, index, one_hot)
-    torch.testing.assert_close(forms[0], base(x, 0.5, one_hot))
-    if not options:
-        torch.testing.assert_close(forms[1], analytic.marginal(x, 0.5))
-    assert len(forms) == (1 if options else 2)
+    expected = [wrapping.base(x, 0.5, one_hot)]
+    if wrapping.marginals is not None:
+        expected.append(gaussnet.MarginalDenoiser(wrapping.base, wrapping.marginals)(x, 0.5, one_hot))
+    assert (len(expected) == 1) == ("bypass.base=blend" in options)
+    torch.testing.assert_close(list(forms), expected)
 
 
 @pytest.mark.parametrize(
