@@ -93,7 +93,7 @@ def _mix(a: Covariance, b: Covariance, weight: float) -> Covariance:
     image = (1 - weight) * a.apply(_same, basis.mT) + weight * b.apply(_same, basis.mT)  # (q, D)
     matrix = image @ basis
     eigvals, turned = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    outside = (1 - weight) * a.tail * (a.rank < a.dim) + weight * b.tail * (b.rank < b.dim)
+    outside = (1 - weight) * a.tail + weight * b.tail
     return Covariance((basis @ turned).flip(1), eigvals.flip(0).clamp_min(0), outside)
 
 
