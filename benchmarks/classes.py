@@ -69,7 +69,7 @@ def closed_forms(record: Record) -> None:
             leaks.append([name, *(f"{ratio:.3f}" for ratio in (seen / found).tolist())])
             if prior == 0.5:
                 worst = float((found / reference).max())
-                record.number("a class, prior D/2: worst error over that of one Gaussian", worst)
+                record.number("a class, prior D/2: worst error over that of one Gaussian", worst, "<= 1")
             yield [name, *(f"{value:.4f}" for value in found.tolist())]
 
     head = ["", *(f"{s:g}" for s in SIGMAS)]
