@@ -51,7 +51,7 @@ from gaussnet.denoisers import (
     MarginalDenoiser,
     Marginals,
 )
-from gaussnet.denoisers.component_marginals import refine
+from gaussnet.denoisers.component_marginals import denoise, refine
 from gaussnet.fit.streams import Data
 from gaussnet.gate import Gate, find_sigma_gate
 from gaussnet.hub import build, describe
@@ -279,12 +279,12 @@ class BypassPrecond(NetworkDenoiser):
         dtype = result_dtype(x)
         level = as_sigma(sigma, x, batch_shape, dtype).expand(batch_shape)
         forms = check_forms(closed_forms, x, self.marginals is not None)
-        gaussian = self.gaussian(x, level, class_labels) if not forms else forms[0]
+        gaussian, weights = denoise(self.gaussian, x, level, class_labels) if not forms else (forms[0], None)
         g = self._open(level)
         # In training, every process of a group has to go through its network.
         if self.gate is not None and not self.training and known_true((g == 0).all()):
             return gaussian
-        other = self._other(x, level, gaussian, class_labels) if len(forms) < 2 else forms[1]
+        other = self._other(x, level, gaussian, weights) if len(forms) < 2 else forms[1]
         shown = [gaussian] if self.marginals is None else [gaussian, other]
         inputs = self._inputs(x, level, shown[-1])
         if self.show_gaussian:
@@ -297,8 +297,8 @@ class BypassPrecond(NetworkDenoiser):
     def untrained(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """The base: what the model is without its network. Arguments as in `forward`."""
         level = as_sigma(sigma, x, self._batch_shape(x), result_dtype(x))
-        gaussian = self.gaussian(x, level, class_labels)
-        other = self._other(x, level, gaussian, class_labels)
+        gaussian, weights = denoise(self.gaussian, x, level, class_labels)
+        other = self._other(x, level, gaussian, weights)
         return self._blend(gaussian, other, self._share(level, self._open(level)))
 
     def c_out(self, sigma: Sigma) -> Tensor:
@@ -373,10 +373,10 @@ class BypassPrecond(NetworkDenoiser):
             mean, v = flat, v + (mean - flat).square().mean()
         return expand_as_event(torch.rsqrt(v + level**2), len(self.event_shape)) * (x.to(level.dtype) - mean)
 
-    def _other(self, x: Tensor, level: Tensor, gaussian: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _other(self, x: Tensor, level: Tensor, gaussian: Tensor, weights: Tensor | None) -> Tensor:
         """What the Gaussian's estimate is blended with: the isotropic one, or that of the marginals."""
         if self.marginals is not None:
-            return refine(self.gaussian, self.marginals, gaussian, x, level, class_labels)
+            return refine(self.gaussian, self.marginals, gaussian, x, level, weights)
         mean, v = self._moments(gaussian.dtype)
         c_skip = expand_as_event(v / (v + level**2), len(self.event_shape))
         return mean + c_skip * (x.to(gaussian.dtype) - mean)

@@ -103,6 +103,14 @@ def test_labelled_and_unlabelled_rows_are_what_they_are_alone() -> None:
     torch.testing.assert_close(together[::3], refined(x[::3], level[::3]))
 
 
+def test_refine_wants_a_weight_of_each_component() -> None:
+    base, x = mixture(), randn(6, 1, 2, 3, seed=2)
+    denoised, weights = base.with_weights(x, 0.7)
+    message = r"expected weights of shape \(6, 4\), got \(6, 3\)"
+    with pytest.raises(ValueError, match=message):
+        random_marginals(4).refine(base, denoised, x, 0.7, weights[:, 1:])
+
+
 def test_a_class_of_several_components_is_shared_by_their_responsibilities() -> None:
     base = mixture()
     parts = [base.component(k).covariance for k in range(4)]

@@ -233,6 +233,31 @@ def test_class_labels_restrict_the_components(label: int, members: list[int]) ->
     assert relative_error(m(x, 0.5, classes), m(x, 0.5)) > 1e-3
 
 
+@dtypes
+@sigmas
+def test_with_weights_tells_what_the_estimate_is_made_of(sigma: float, dtype: torch.dtype) -> None:
+    m, x = labelled(dtype), queries(sigma).to(dtype)
+    for classes in (None, torch.full((len(x),), 3)):
+        denoised, weights = m.with_weights(x, sigma, classes)
+        assert denoised.equal(m(x, sigma, classes))
+        assert weights.dtype == dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 0.03  # a tenth in logits
+        exact = m.double().responsibilities(x.double(), sigma, classes)
+        torch.testing.assert_close(weights.double(), exact, rtol=0, atol=tolerance)
+        m = m.to(dtype)
+
+
+def test_a_label_of_one_component_needs_no_responsibilities() -> None:
+    m = GaussianMixtureDenoiser(mixture().weights, mixture().means, [COVARIANCE] * 4, torch.arange(4))
+    x, classes = randn(3, 4, 1, 2, 3), torch.arange(12).reshape(3, 4) % 4
+    expected = torch.nn.functional.one_hot(classes, 4).double()
+    assert m.responsibilities(x, 0.5, classes).equal(expected)
+    denoised, weights = m.with_weights(x, 0.5, classes)
+    assert weights.equal(expected)
+    alone = torch.stack([m.component(k)(x, 0.5) for k in range(4)])
+    torch.testing.assert_close(denoised, torch.einsum("abk,kab...->ab...", expected, alone))
+
+
 def test_classes_add_up_to_the_whole() -> None:
     # p(x) = sum_c p(c) p(x | c)
     m, x = labelled(), queries(0.5)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gaussnet.denoisers.gaussian import GaussianDenoiser
 from gaussnet.denoisers.mixture import GaussianMixtureDenoiser
 from gaussnet.denoisers.pixel_marginals import Marginals, count_levels
-from gaussnet.denoisers.routing import possible_components, rows_by_component
+from gaussnet.denoisers.routing import rows_by_component
 from gaussnet.fit.streams import Data, as_tensor, check_labels, check_order
 from gaussnet.hub import register
 from gaussnet.numerics import Sigma, as_sigma, check_event, known_true, result_dtype, view
@@ -120,7 +120,7 @@ class ComponentMarginals(nn.Module):
             for rows in torch.arange(len(batch)).split(_ROWS):
                 x = as_tensor(batch)[rows.to(batch.device)].to(mixture.means)
                 mine = None if classes is None else classes[rows.to(classes.device)]
-                found.append(_weights(mixture, x, torch.full((), sigma).to(x), mine).argmax(-1))
+                found.append(mixture.responsibilities(x, sigma, mine).argmax(-1))
             return torch.cat(found)
 
         options: dict[str, Any] = {"mirror": mirror, "all_processes": all_processes}
@@ -149,16 +149,16 @@ class ComponentMarginals(nn.Module):
         denoised: Tensor,
         x: Tensor,
         sigma: Sigma,
-        class_labels: Tensor | None = None,
+        weights: Tensor,
     ) -> Tensor:
         """D_m, of x and what the mixture has made of it.
 
         Args:
             mixture: of the same data.
-            denoised: mixture(x, sigma, class_labels), of the shape of `x`.
+            denoised: of mixture.with_weights(x, sigma), of the shape of `x`.
             x: noisy samples (*batch, *event_shape).
             sigma: their noise level.
-            class_labels: as of the mixture.
+            weights: of the components, of the same call, (*batch, n_components).
 
         Returns:
             Tensor of the shape of `x`.
@@ -168,10 +168,13 @@ class ComponentMarginals(nn.Module):
             ValueError: if a shape does not fit, or sigma is not finite and positive.
         """
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
-        level = as_sigma(sigma, x, batch_shape, result_dtype(x)).expand(batch_shape)
-        weights = _weights(mixture, x, level, class_labels).reshape(-1, self.n_components)
+        if weights.shape != (*batch_shape, self.n_components):
+            raise ValueError(
+                f"expected weights of shape {(*batch_shape, self.n_components)}, got {tuple(weights.shape)}"
+            )
+        level = as_sigma(sigma, x, batch_shape, result_dtype(x)).expand(batch_shape).reshape(-1)
+        weights = weights.reshape(-1, self.n_components)
         x, denoised = (image.reshape(-1, *self.event_shape) for image in (x, denoised))
-        level = level.reshape(-1)
         total, ranks = torch.zeros_like(denoised), mixture.ranks.tolist()
         parts: list[tuple[int, Tensor, bool]] = []  # component, rows, and whether D_gauss is that of it alone
         if known_true(weights.sum() > 0):
@@ -235,34 +238,30 @@ def check_marginals(
             raise ValueError(f"expected marginals of {counts[0]} components, got those of {counts[1]}")
 
 
+def denoise(
+    gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
+    x: Tensor,
+    sigma: Sigma,
+    class_labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """D_gauss of either, and of a mixture the weights of its components."""
+    if isinstance(gaussian, GaussianMixtureDenoiser):
+        return gaussian.with_weights(x, sigma, class_labels)
+    return gaussian(x, sigma, class_labels), None
+
+
 def refine(
     gaussian: GaussianDenoiser | GaussianMixtureDenoiser,
     marginals: Marginals | ComponentMarginals,
     denoised: Tensor,
     x: Tensor,
     sigma: Sigma,
-    class_labels: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """D_m of either, from what the Gaussian or mixture has made of x."""
+    """D_m of either, from what `denoise` has made of x."""
     if isinstance(marginals, ComponentMarginals):
         assert isinstance(gaussian, GaussianMixtureDenoiser)
-        return marginals.refine(gaussian, denoised, x, sigma, class_labels)
+        assert weights is not None
+        return marginals.refine(gaussian, denoised, x, sigma, weights)
     assert isinstance(gaussian, GaussianDenoiser)
     return marginals.refine(gaussian, denoised, sigma)
-
-
-def _weights(
-    mixture: GaussianMixtureDenoiser, x: Tensor, level: Tensor, class_labels: Tensor | None
-) -> Tensor:
-    """The responsibilities, (*batch, components): where a label leaves one component, at no cost."""
-    batch_shape = tuple(x.shape[: x.ndim - len(mixture.event_shape)])
-    possible = possible_components(class_labels, batch_shape, mixture.component_labels)
-    sole = None if possible is None else possible.sum(-1) == 1
-    if possible is None or sole is None or not known_true(sole.any()):
-        return mixture.responsibilities(x, level, class_labels)
-    weights = possible.to(result_dtype(x))
-    if not known_true(sole.all()):
-        assert class_labels is not None
-        rest, level = ~sole, level.expand(batch_shape)
-        weights[rest] = mixture.responsibilities(x[rest], level[rest], class_labels[rest]).to(weights)
-    return weights

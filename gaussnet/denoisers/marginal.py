@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaussnet.denoisers.base import Denoiser
-from gaussnet.denoisers.component_marginals import ComponentMarginals, check_marginals, refine
+from gaussnet.denoisers.component_marginals import ComponentMarginals, check_marginals, denoise, refine
 from gaussnet.denoisers.gaussian import GaussianDenoiser
 from gaussnet.denoisers.mixture import GaussianMixtureDenoiser
 from gaussnet.denoisers.pixel_marginals import Marginals
@@ -94,8 +94,8 @@ class MarginalDenoiser(Denoiser):
     ) -> tuple[Tensor, Tensor]:
         """D_gauss and D_m: arguments and errors as of `forward`."""
         check_event(x, self.event_shape, type(self).__name__)
-        denoised = self.gaussian(x, sigma, class_labels)
-        return denoised, refine(self.gaussian, self.marginals, denoised, x, sigma, class_labels)
+        denoised, weights = denoise(self.gaussian, x, sigma, class_labels)
+        return denoised, refine(self.gaussian, self.marginals, denoised, x, sigma, weights)
 
     def score(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         check_event(x, self.event_shape, type(self).__name__)

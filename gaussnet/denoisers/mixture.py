@@ -239,10 +239,19 @@ class GaussianMixtureDenoiser(Denoiser):
         return gaussian
 
     def forward(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
+        return self.with_weights(x, sigma, class_labels)[0]
+
+    def with_weights(
+        self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """D(x, sigma) and the weights (*batch, K) of the components in it; arguments, errors as in `forward`.
+
+        These are the `responsibilities`, as precisely as D needs them.
+        """
         batch_shape = check_event(x, self.event_shape, type(self).__name__)
         sole = sole_components(possible_components(class_labels, batch_shape, self.component_labels))
         if sole is not None:
-            return self._by_class(x, sigma, sole)
+            return self._by_class(x, sigma, sole), used_alone(sole, self.n_components).to(result_dtype(x))
         flat, level = self._flatten(x, sigma)
         fast = compute_dtype(x, self.means)
         if fast != flat.dtype and known_true(self._resolved(flat, level, fast)):
@@ -252,7 +261,7 @@ class GaussianMixtureDenoiser(Denoiser):
         shrunk = self._combine(lambda lam: lam / (lam + variance), weights, z, flat)
         with full_precision(x.device.type):
             denoised = weights @ self.means.to(flat.dtype).flatten(1) + shrunk  # Eq. 7
-        return denoised.reshape(x.shape).to(result_dtype(x))
+        return denoised.reshape(x.shape).to(result_dtype(x)), weights.to(result_dtype(x))
 
     def _by_class(self, x: Tensor, sigma: Sigma, sole: Tensor) -> Tensor:
         """The denoised `x`, each sample by its own component (*batch,) alone."""
@@ -272,6 +281,10 @@ class GaussianMixtureDenoiser(Denoiser):
     def responsibilities(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:
         """w_k(x, sigma) of Eq. 8, (*batch, K); arguments and errors as in `forward`."""
         flat, level = self._flatten(x, sigma)
+        possible = possible_components(class_labels, tuple(flat.shape[:-1]), self.component_labels)
+        sole = sole_components(possible)
+        if sole is not None:  # at no cost
+            return used_alone(sole, self.n_components).to(result_dtype(x))
         return self._posterior(flat, level, class_labels)[0].to(result_dtype(x))
 
     def log_prob(self, x: Tensor, sigma: Sigma, class_labels: Tensor | None = None) -> Tensor:

@@ -51,5 +51,5 @@ def rows_by_component(used: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def used_alone(index: Tensor, count: int) -> Tensor:
-    """Flags (B, K) of one component a row."""
-    return index[:, None] == torch.arange(count, device=index.device)
+    """Flags (*batch, K) of one component a sample, of their numbers (*batch,)."""
+    return index[..., None] == torch.arange(count, device=index.device)
