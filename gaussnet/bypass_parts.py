@@ -58,11 +58,8 @@ def check_parts(
             raise ValueError("expected error=MeasuredError.fit(...): a mixture's has no closed form")
         if whiten:
             raise ValueError("expected whiten=False with a mixture, which has no one covariance")
-        if gaussian.component_labels is not None and getattr(network, "label_dropout", 0):
-            raise ValueError(
-                "expected a network with label_dropout=0 in a class-conditional base, got "
-                f"{network.label_dropout}: drop labels before the model, where both of them see it"
-            )
+        if gaussian.component_labels is not None:
+            check_label_dropout(network)
     if (base == "marginal") != (marginals is not None):
         raise ValueError(f"expected marginals with base='marginal', and only then, got base={base!r}")
     if marginals is not None:
@@ -73,6 +70,15 @@ def check_parts(
             raise ValueError(f"expected an error with other=MarginalDenoiser(...), got {error.other}")
     elif error is not None and error.other == MarginalDenoiser.__name__:
         raise ValueError(f"expected an error without other=, as base={base!r}, got {error.other}")
+
+
+def check_label_dropout(network: nn.Module) -> None:
+    """Raises a ValueError if the network drops labels that a base of classes would see."""
+    if getattr(network, "label_dropout", 0):
+        raise ValueError(
+            "expected a network with label_dropout=0 in a class-conditional base, got "
+            f"{network.label_dropout}: drop labels before the model, where both of them see it"
+        )
 
 
 def check_forms(forms: tuple[Tensor, ...] | None, x: Tensor, marginals: bool) -> list[Tensor]:

@@ -42,13 +42,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gaussnet.bypass_parts import Base, Centre, check_forms, check_options, check_parts
+from gaussnet.bypass_fit import fit_parts
+from gaussnet.bypass_parts import Base, Centre, check_forms, check_label_dropout, check_options, check_parts
 from gaussnet.covariance import Covariance
 from gaussnet.denoisers import (
     ComponentMarginals,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
-    MarginalDenoiser,
     Marginals,
 )
 from gaussnet.denoisers.component_marginals import denoise, refine
@@ -141,7 +141,9 @@ class BypassPrecond(NetworkDenoiser):
         data: Data,
         heldout: Data | None = None,
         *,
-        gaussian: GaussianDenoiser | None = None,
+        labels: Tensor | None = None,
+        heldout_labels: Tensor | None = None,
+        gaussian: GaussianDenoiser | GaussianMixtureDenoiser | None = None,
         base: Base = "marginal",
         mirror: bool = False,
         generator: torch.Generator | None = None,
@@ -156,9 +158,13 @@ class BypassPrecond(NetworkDenoiser):
             network: as of the class.
             data: the training set (N, C, H, W), or an iterable of batches that can be gone through several
                 times.
-            heldout: some hundred samples that are not in the training set, with base="marginal": the error
-                of the base is measured on them.
-            gaussian: default: `GaussianDenoiser.fit(data)`.
+            heldout: some hundred samples that are not in the training set, with base="marginal", classes or a
+                mixture: the error of the base is measured on them.
+            labels: integer classes (N,) of the training set: the closed forms are those of each class, and
+                the model is to be told `class_labels`.
+            heldout_labels: with `labels`, those of the held-out samples.
+            gaussian: default: `GaussianDenoiser.fit(data)`, or with `labels` a `GaussianMixtureDenoiser` of a
+                Gaussian a class, with base="marginal" with a prior of half as many samples as dimensions.
             base: as of the class.
             mirror: whether training will mirror half of the images, left to right.
             generator: draws the noise that gate and error are measured with.
@@ -166,8 +172,9 @@ class BypassPrecond(NetworkDenoiser):
 
         Raises:
             TypeError: as of the fits.
-            ValueError: as of the class and the fits, without held-out samples where they are needed, or with
-                marginals or an error where they are fitted.
+            ValueError: as of the class and the fits; without held-out samples where they are needed; with
+                marginals or an error where they are fitted; or if only some of labels, held-out labels and a
+                given mixture tell of classes.
 
         Example:
             >>> from gaussnet import SongUNet
@@ -177,22 +184,13 @@ class BypassPrecond(NetworkDenoiser):
             >>> model(torch.randn(4, 1, 8, 8), sigma=1.0).shape
             torch.Size([4, 1, 8, 8])
         """
-        if base == "marginal" and heldout is None:  # before a long fit, rather than after it
-            raise ValueError("expected heldout samples with base='marginal', got None")
-        if base == "marginal" and options.keys() & {"marginals", "error"}:
-            raise ValueError("expected no marginals or error with base='marginal', which fits them")
         if isinstance(data, (Tensor, np.ndarray)) and options.get("show_gaussian", True):
-            shown = 2 if base == "marginal" else 1
+            shown = 2 if base == "marginal" else 1  # before a long fit, rather than after it
             check_channels(network, data.shape[1:], 1 + shown, 1, cls.__name__, f" and {base=}")
-        gaussian = GaussianDenoiser.fit(data, mirror=mirror) if gaussian is None else gaussian
-        if base == "marginal":
-            assert heldout is not None
-            other = MarginalDenoiser.fit(data, gaussian, generator=generator, mirror=mirror)
-            options["marginals"] = other.marginals
-            options["error"] = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
-        if "gate" not in options:
-            options["gate"] = Gate.fit(gaussian, data, generator=generator, mirror=mirror)
-        return cls(network, gaussian, base=base, **options)
+        if labels is not None:
+            check_label_dropout(network)
+        parts = fit_parts(data, heldout, labels, heldout_labels, gaussian, base, mirror, generator, options)
+        return cls(network, base=base, **parts, **options)
 
     @classmethod
     def from_edm(

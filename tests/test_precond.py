@@ -529,65 +529,11 @@ def test_measured_error_takes_the_place_of_the_closed_form() -> None:
             assert float(variance) == pytest.approx(1, abs=0.15), (base, sigma)
 
 
-@pytest.mark.parametrize(("given", "mirror"), [(False, True), (True, False)], ids=["mirrored", "given"])
-def test_fit_is_each_fit_by_hand(given: bool, mirror: bool) -> None:
-    data, heldout = train_digits(torch.float32)[:400], held_out_digits(torch.float32)[:100]
-    net = tiny_unet(in_channels=3)
-    gaussian = GaussianDenoiser.fit(data[:200]) if given else GaussianDenoiser.fit(data, mirror=mirror)
-    model = BypassPrecond.fit(
-        net,
-        data,
-        heldout,
-        gaussian=gaussian if given else None,
-        mirror=mirror,
-        generator=torch.Generator().manual_seed(5),
-    ).eval()
-    generator = torch.Generator().manual_seed(5)
-    other = MarginalDenoiser.fit(data, gaussian, generator=generator, mirror=mirror)
-    error = MeasuredError.fit(gaussian, heldout, generator=generator, other=other)
-    gate = Gate.fit(gaussian, data, generator=generator, mirror=mirror)
-    expected = BypassPrecond(
-        net, gaussian, gate, base="marginal", marginals=other.marginals, error=error
-    ).eval()
-    x = noised(0.7, dtype=torch.float32)
-    assert model(x, 0.7).equal(expected(x, 0.7))
-    assert model.to_arguments() == expected.to_arguments()
-
-
-def test_fit_of_other_bases_and_what_is_given() -> None:
-    data = train_digits(torch.float32)
-    gaussian = GaussianDenoiser.isotropic(data.mean(0), 1.0)
-    model = BypassPrecond.fit(
-        tiny_unet(), data, base="blend", gaussian=gaussian, gate=None, show_gaussian=False
-    )
-    assert model.gaussian is gaussian
-    assert model.gate is model.marginals is model.error is None
-    with pytest.raises(ValueError, match=r"^expected heldout samples with base='marginal', got None$"):
-        BypassPrecond.fit(tiny_unet(in_channels=3), data)
-    with pytest.raises(ValueError, match=r"^expected no marginals or error with base='marginal', which fits"):
-        BypassPrecond.fit(
-            tiny_unet(in_channels=3), data, data[:9], marginals=Marginals.fit(data[:9], n_levels=4)
-        )
-    nothing = data[:50] * torch.nan  # which a fit would refuse: channels are looked at before
-    bases: dict[Any, int] = {"marginal": 3, "blend": 2}
-    for base, channels in bases.items():
-        with pytest.raises(ValueError, match=rf"in_channels={channels} .* got in_channels=1"):
-            BypassPrecond.fit(tiny_unet(), nothing, held_out_digits(torch.float32), base=base)
-
-
 @pytest.mark.parametrize("name", ["fit", "from_edm"])
 def test_what_edm_does_not_fit_is_told(name: str) -> None:
     make: Any = getattr(EDMPrecond, name)
     with pytest.raises(TypeError, match=rf"BypassPrecond\.{name}"):
         make(tiny_unet(), train_digits(torch.float32))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_unless_it_is_told_to_fit_mirrors_nothing(dtype: torch.dtype) -> None:
-    data = train_digits(dtype)[:100]
-    mean = BypassPrecond.fit(tiny_unet(in_channels=2), data, base="blend", gate=None).gaussian.mean
-    assert mean.equal(GaussianDenoiser.fit(data).mean)
-    assert not mean.allclose(mean.flip(-1)), "these can tell"
 
 
 def test_an_error_measured_with_another_denoiser_is_refused() -> None:
