@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from gaussnet.denoisers import Denoiser, GaussianDenoiser, GaussianMixtureDenoiser, MarginalDenoiser
 from gaussnet.model_card import tell
 from gaussnet.precond import BypassPrecond
 
@@ -17,11 +17,11 @@ SHARES = (0.5, 0.9, 0.95, 0.99)
 def summarise(model: Denoiser) -> str:
     """What a denoiser is, in Markdown: class, shape, size, spectrum, and what it was made from."""
     lines = [_table(("what", ""), list(model.facts().items()))]
-    gaussian = model.gaussian if isinstance(model, BypassPrecond) else model
+    gaussian = model.gaussian if isinstance(model, BypassPrecond | MarginalDenoiser) else model
     if isinstance(gaussian, GaussianDenoiser):
         lines += ["", spectrum_table(gaussian), "", error_table(gaussian)]
-    if isinstance(model, GaussianMixtureDenoiser):
-        lines += ["", component_table(model)]
+    if isinstance(gaussian, GaussianMixtureDenoiser):
+        lines += ["", component_table(gaussian)]
     for key, value in model.provenance.items():
         lines += ["", f"{key}:", "", tell(value)]
     return "\n".join(lines)

@@ -13,7 +13,15 @@ import pytest
 import torch
 from cases import digits, relative_error
 
-from gaussnet import DeltaDenoiser, GaussianDenoiser, GaussianMixtureDenoiser, cli, from_pretrained
+from gaussnet import (
+    DeltaDenoiser,
+    Denoiser,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    MarginalDenoiser,
+    cli_fit,
+    from_pretrained,
+)
 from gaussnet.cli import main
 from gaussnet.processes import Processes
 
@@ -84,6 +92,55 @@ def test_every_kind(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert relative_error(cosine(queries, 0.5), GaussianDenoiser.fit(x, basis="cosine")(queries, 0.5)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prior"),
+    [
+        ([], None),
+        (["--mirror"], None),
+        (["--classes"], 32.0),
+        (["--classes", "--prior", "0"], 0.0),
+        (["--components", "3"], 32.0),
+        (["--components", "3", "--em-steps", "1"], 0.0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_marginals_are_those_of_the_library(
+    arguments: list[str],
+    prior: float | None,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    x, labels = loaded(images)
+    command = ["fit", str(images), *arguments, "--marginals", "--seed", "4", "--out", str(tmp_path / "out")]
+    assert main(command) == 0, capsys.readouterr().err
+    fitted, mirror, classes = (
+        from_pretrained(tmp_path / "out"),
+        "--mirror" in arguments,
+        "--classes" in arguments,
+    )
+    assert isinstance(fitted, MarginalDenoiser)
+    gaussian = None
+    if prior is not None:
+        gaussian = GaussianMixtureDenoiser.fit(
+            x,
+            None if classes else 3,
+            seed=4,
+            labels=labels if classes else None,
+            em_steps="--em-steps" in arguments,
+            prior=prior,
+        )
+    own = labels if classes else None
+    expected = MarginalDenoiser.fit(x, gaussian, labels=own, mirror=mirror)
+    queries, told = x[:8] + 0.3, labels[:8] if classes else None
+    assert relative_error(fitted(queries, 0.5, told), expected(queries, 0.5, told)) < 1e-6
+    assert fitted.provenance["marginals"] == {"mirror": mirror}
+    assert fitted.provenance["data"]["name"] == str(images)
+    printed = capsys.readouterr().out
+    assert "| class | MarginalDenoiser |" in printed
+    assert ("| component | class |" if prior is not None else "| spectrum |  |") in printed
+
+
 def test_rank_by_share_groups_and_selection(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +168,7 @@ def test_rank_by_share_groups_and_selection(
         (["digits", "--components", "3", "--solver", "gram"], "--solver is an option of one Gaussian"),
         (["digits", "--components", "0"], "1 <= n_components <= N = 1797, got 0"),
         (["digits", "--delta", "--mirror"], "--mirror is an option of fits: --delta keeps the data"),
+        (["digits", "--delta", "--marginals"], "--marginals is an option of fits: --delta keeps the data"),
         (["digits", "--delta", "--rank", "3"], "--rank is an option of fits"),
         (["digits", "--delta", "--groups", "missing.npy"], "--groups is an option of fits"),
         (
@@ -249,7 +307,7 @@ def test_groups_are_those_of_the_whole_data(tmp_path: Path, capsys: pytest.Captu
 def test_groups_of_streamed_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "IN_MEMORY", 1000)
+    monkeypatch.setattr(cli_fit, "IN_MEMORY", 1000)
     groups = torch.arange(1797) // 60
     np.save(tmp_path / "groups.npy", groups.numpy())
     command = ["fit", "digits", "--groups", str(tmp_path / "groups.npy"), "--out", str(tmp_path / "out")]
@@ -270,7 +328,7 @@ def test_two_processes_share_a_fit(tmp_path: Path, grouped: bool) -> None:
     command = [sys.executable, "-m", "gaussnet.cli", "fit", "digits", "--out", str(tmp_path / "two")]
     if groups is not None:
         np.save(tmp_path / "groups.npy", groups.numpy())
-        command += ["--groups", str(tmp_path / "groups.npy")]
+        command += ["--groups", str(tmp_path / "groups.npy"), "--marginals"]
     environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     running = [
         subprocess.Popen(
@@ -284,16 +342,20 @@ def test_two_processes_share_a_fit(tmp_path: Path, grouped: bool) -> None:
     assert outputs[1][0] == b"", "only the first process prints"
     two = from_pretrained(tmp_path / "two")
     x = digits()[0].float()
-    expected = GaussianDenoiser.fit(x, groups=groups)
+    expected: Denoiser = GaussianDenoiser.fit(x, groups=groups)
+    if isinstance(two, MarginalDenoiser):
+        assert grouped
+        expected = MarginalDenoiser.fit(x, GaussianDenoiser.fit(x, groups=groups))
+        ungrouped = MarginalDenoiser.fit(x)(x[:8], 0.2)
+        assert (two(x[:8], 0.2) - ungrouped).abs().max() > 1e-4
     assert relative_error(two(x[:8], 0.2), expected(x[:8], 0.2)) < 1e-6
-    assert (two(x[:8], 0.2) - GaussianDenoiser.fit(x)(x[:8], 0.2)).abs().max() > 1e-4 or not grouped
 
 
 @pytest.mark.parametrize("kind", [["--components", "3"], ["--classes"], ["--delta"]], ids=" ".join)
 def test_other_models_are_fitted_by_one_process(
     kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "joined_processes", lambda: nullcontext(Processes(rank=0, world=2)))
+    monkeypatch.setattr(cli_fit, "joined_processes", lambda: nullcontext(Processes(rank=0, world=2)))
     assert main(["fit", "digits", *kind, "--out", str(tmp_path / "out")]) == 2
     message = "several processes share the fit of one Gaussian only: start one for a mixture"
     assert capsys.readouterr().err == f"gaussnet fit: {message}\n"

@@ -22,7 +22,9 @@ TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 FEWER = {"start.md": ("range(300)", "range(3)")}  # steps of training; all of them are run by a slow test
-UNLISTED = {"gaussnet.cli", "gaussnet.cli_fid", "gaussnet.cli_reproduce", "gaussnet.cli_sample"}
+UNLISTED = {
+    *("gaussnet.cli", "gaussnet.cli_fid", "gaussnet.cli_fit", "gaussnet.cli_reproduce", "gaussnet.cli_sample")
+}
 UNLISTED |= {"gaussnet.version", "gaussnet.processes", "gaussnet.run_report", "gaussnet.edm_unpickler"}
 
 

@@ -80,7 +80,10 @@ class MarginalDenoiser(Denoiser):
             marginals = Marginals.fit(data, **arguments)
         else:
             raise ValueError("expected a mixture of classes with labels, got a GaussianDenoiser")
-        return cls(gaussian, marginals.to(gaussian.mean))
+        refined = cls(gaussian, marginals.to(gaussian.mean))
+        own = {name: arguments[name] for name in ("n_levels", "prior", "mirror") if name in arguments}
+        refined.provenance = {**gaussian.provenance, "marginals": own}
+        return refined
 
     @property
     def event_shape(self) -> torch.Size:
