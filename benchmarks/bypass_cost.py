@@ -1,10 +1,12 @@
 """What does a training step of each arm of benchmarks/bypass_ablation.py cost, over one of EDM's?
 
     python benchmarks/bypass_cost.py --mnist FOLDER [--emoji ZIP] [--task core emoji32] [--repeats 15]
+    python benchmarks/bypass_cost.py --mnist FOLDER --arm marginal bypass-all
 
 Forward and backward pass on a batch, of the arms' own models, interleaved in one process; ratios of the
-medians. Steps times this ratio are the time in which an arm reaches EDM's error. Rows of other tasks in
-cost.csv stay. Closed forms are of sample eigenvalues, which are fitted sooner and cost a step the same.
+medians. Steps times this ratio are the time in which an arm reaches EDM's error. Rows of other tasks and
+arms in cost.csv stay. Closed forms are of sample eigenvalues, which are fitted sooner and cost a step the
+same.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from bypass_ablation import prepare
 from bypass_tables import HERE, TABLES, read
-from bypass_tasks import TASKS, keys_of
+from bypass_tasks import ARMS, TASKS, keys_of
 from results import Record, parser
 from timing import Call, compare
 
@@ -48,6 +50,7 @@ def main() -> None:
     made.add_argument("--emoji", help="a zip of 64x64 images, for the task emoji32")
     made.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="for images that are made")
     made.add_argument("--task", nargs="+", choices=TASKS, default=["core"])
+    made.add_argument("--arm", nargs="+", choices=ARMS, help="beside edm (default: all of the task)")
     made.add_argument("--repeats", type=int, default=15)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = made.parse_args()
@@ -56,7 +59,7 @@ def main() -> None:
     rows: list[dict[str, str]] = []
     for task in options.task:
         calls: dict[str, Call] = {}
-        for arm in TASKS[task].arms:
+        for arm in [arm for arm in TASKS[task].arms if options.arm is None or arm in ("edm", *options.arm)]:
             keys = [*keys_of(task, arm, sources), "fit.max_data=2000", "fit.shrinkage=none"]
             config = load_config(HERE / "bypass_ablation.yaml", keys)
             data = load_data(config.data)
@@ -73,11 +76,13 @@ def main() -> None:
             [f"{task}: arm", "time of a step over EDM's"],
             [[r["arm"], r["cost"]] for r in rows if r["task"] == task],
         )
-    rows = [row for row in read(TABLES / "cost.csv") if row["task"] not in options.task] + rows
+    measured = {(row["task"], row["arm"]) for row in rows}
+    rows += [row for row in read(TABLES / "cost.csv") if (row["task"], row["arm"]) not in measured]
+    arms, tasks = list(ARMS), list(TASKS)
     with (TABLES / "cost.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["task", "arm", "cost"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: list(TASKS).index(row["task"])))
+        writer.writerows(sorted(rows, key=lambda row: (tasks.index(row["task"]), arms.index(row["arm"]))))
     record.close()
 
 

@@ -174,13 +174,13 @@ def test_impossible_values_are_errors_that_name_the_key(override: str, message: 
         ("bypass.gaussian=classes", "marginal", 32.0),
         ("bypass.gaussian=classes bypass.prior=5", "marginal", 5.0),
         ("bypass.gaussian=classes bypass.base=blend", "blend", 0.0),
-        ("bypass.gaussian=mixture", "blend", 0.0),
+        ("bypass.gaussian=mixture", "marginal", 32.0),
         ("bypass.gaussian=mixture bypass.base=marginal bypass.prior=0", "marginal", 0.0),
     ],
 )
 def test_base_and_prior_of_mixtures(options: str, base: str, prior: float) -> None:
     chosen = load_config(DIGITS, ["data.labels=true", *options.split()]).bypass
-    assert (chosen.chosen_base, chosen.chosen_prior(64)) == (base, prior)
+    assert (chosen.base, chosen.chosen_prior(64)) == (base, prior)
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

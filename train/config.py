@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from omegaconf import MISSING
 
@@ -132,7 +132,7 @@ class BypassConfig:
     gate: bool = True
     gate_tol: float = 0.01
     show_gaussian: bool = True
-    base: str | None = None  # blend, gaussian, isotropic, marginal; default: marginal, around clusters blend
+    base: str = "marginal"  # blend, gaussian, isotropic, marginal
     centre: str | None = None  # pixel, channel, estimate; default: estimate with base=marginal, else pixel
     whiten: bool = False
     gaussian: BypassGaussian = BypassGaussian.gaussian
@@ -141,9 +141,7 @@ class BypassConfig:
 
     def __post_init__(self) -> None:
         bases = get_args(Base)
-        expect(
-            "bypass.base", self.base, self.base is None or self.base in bases, f"one of {', '.join(bases)}"
-        )
+        expect("bypass.base", self.base, self.base in bases, f"one of {', '.join(bases)}")
         centres = get_args(Centre)
         known = self.centre is None or self.centre in centres
         expect("bypass.centre", self.centre, known, f"one of {', '.join(centres)}")
@@ -154,15 +152,9 @@ class BypassConfig:
         expect("bypass.components", self.components, self.components >= 1, ">= 1")
         expect("bypass.prior", self.prior, self.prior is None or self.prior >= 0, "null or >= 0")
 
-    @property
-    def chosen_base(self) -> Base:
-        """That which is named, or the default for what it is around."""
-        default = "blend" if self.gaussian is BypassGaussian.mixture else "marginal"
-        return cast(Base, self.base or default)
-
     def chosen_prior(self, dim: int) -> float:
         """That which is given; with marginals, which small eigenvalues mislead, half a sample a dimension."""
-        default = dim / 2 if self.chosen_base == "marginal" else 0.0
+        default = dim / 2 if self.base == "marginal" else 0.0
         return default if self.prior is None else self.prior
 
 

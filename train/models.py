@@ -27,7 +27,7 @@ from gaussnet import (
     Marginals,
     MeasuredError,
 )
-from gaussnet.bypass_parts import Centre
+from gaussnet.bypass_parts import Base, Centre
 from gaussnet.gate import SIGMAS, measure_gate
 from gaussnet.networks.blocks import UNetBlock
 from gaussnet.networks.dit import DiTBlock
@@ -136,7 +136,7 @@ def fit_wrapping(config: Config, data: Data, analytic: Analytic, accelerator: Ac
     raw, classes = data.train[index]
     images, labels = data.train.to_float(raw).to(device), classes if data.n_classes else None
     base = fit_base(config, data, analytic.gaussian)
-    other = fit_marginal(config, data, analytic, base) if options.chosen_base == "marginal" else None
+    other = fit_marginal(config, data, analytic, base) if options.base == "marginal" else None
     error = None
     if other is not None or base is not analytic.gaussian:
         raw, classes = data.heldout[torch.arange(min(len(data.heldout), 4096))]
@@ -238,7 +238,7 @@ def fit_folds(config: Config, data: Data, accelerator: Accelerator) -> CrossFit 
         part = replace(data, train=data.train.subset(kept), groups=groups)
         analytic = fit_analytic(lean, part, accelerator)
         base = fit_base(lean, part, analytic.gaussian)
-        if config.bypass.chosen_base == "marginal":
+        if config.bypass.base == "marginal":
             return fit_marginal(lean, part, analytic, base)
         return base
 
@@ -296,7 +296,7 @@ def build_network(config: Config, data: Data) -> nn.Module:
     plain = _network(config, data, channels)
     if config.precond is not Precond.bypass or not config.bypass.show_gaussian:
         return plain
-    network = _network(config, data, (3 if config.bypass.chosen_base == "marginal" else 2) * channels)
+    network = _network(config, data, (3 if config.bypass.base == "marginal" else 2) * channels)
     weights = plain.state_dict()
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -332,7 +332,7 @@ def wrap(config: Config, network: nn.Module, wrapping: Wrapping) -> BypassPrecon
             wrapping.base,
             wrapping.gate,
             options.show_gaussian,
-            options.chosen_base,
+            cast("Base", options.base),
             centre=cast("Centre | None", options.centre),
             whiten=options.whiten,
             marginals=wrapping.marginals,
