@@ -73,12 +73,16 @@ def test_fit_of_other_bases_and_what_is_given() -> None:
             BypassPrecond.fit(tiny_unet(), nothing, held_out_digits(torch.float32), base=base)
 
 
-@pytest.mark.parametrize(("base", "given"), [("marginal", False), ("marginal", True), ("blend", False)])
-def test_fit_by_class_is_each_fit_by_hand(base: Any, given: bool) -> None:
+@pytest.mark.parametrize(
+    ("base", "given", "mirror"),
+    [("marginal", False, True), ("marginal", True, False), ("blend", False, False)],
+)
+def test_fit_by_class_is_each_fit_by_hand(base: Any, given: bool, mirror: bool) -> None:
     data, heldout = train_digits(torch.float32)[:400], held_out_digits(torch.float32)[:100]
     labels, heldout_labels = train_labels()[:400], held_out_labels()[:100]
     net = tiny_unet(in_channels=3 if base == "marginal" else 2, label_dim=10)
-    classes = GaussianMixtureDenoiser.fit(data, labels=labels, prior=32.0 if base == "marginal" else 0.0)
+    prior = 32.0 if base == "marginal" else 0.0
+    classes = GaussianMixtureDenoiser.fit(data, labels=labels, prior=prior, mirror=mirror)
     if given:
         classes = GaussianMixtureDenoiser.fit(data, labels=labels, rank=5)
     model = BypassPrecond.fit(
@@ -89,18 +93,19 @@ def test_fit_by_class_is_each_fit_by_hand(base: Any, given: bool) -> None:
         heldout_labels=heldout_labels,
         gaussian=classes if given else None,
         base=base,
+        mirror=mirror,
         generator=torch.Generator().manual_seed(5),
     ).eval()
     generator = torch.Generator().manual_seed(5)
     options: dict[str, Any] = {}
     other: MarginalDenoiser | None = None
     if base == "marginal":
-        other = MarginalDenoiser.fit(data, classes, labels=labels, generator=generator)
+        other = MarginalDenoiser.fit(data, classes, labels=labels, mirror=mirror, generator=generator)
         options = {"marginals": other.marginals}
     options["error"] = MeasuredError.fit(
         classes, heldout, generator=generator, labels=heldout_labels, other=other
     )
-    gate = Gate.fit(classes, data, generator=generator, labels=labels)
+    gate = Gate.fit(classes, data, generator=generator, labels=labels, mirror=mirror)
     expected = BypassPrecond(net, classes, gate, base=base, **options).eval()
     x, told = noised(0.7, dtype=torch.float32), held_out_labels()[:16]
     assert model(x, 0.7, told).equal(expected(x, 0.7, told))
