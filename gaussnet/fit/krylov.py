@@ -176,6 +176,7 @@ def krylov_axes(rows: Rows, rank: int, tolerance: float = TOLERANCE) -> tuple[Te
     kept = int((eigvals > NEGLIGIBLE * rows.total).sum())
     eigvals, turn = eigvals[:kept], turn[:, :kept]
     axes = images @ (turn / torch.sqrt(eigvals)) if wide else vectors.double() @ turn
+    del images  # before there may be new axes beside these
     return eigvals / count, _orthonormal(axes) if _leans(axes) else axes
 
 
