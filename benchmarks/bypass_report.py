@@ -8,7 +8,9 @@ images, of averaged weights. "Steps to EDM's error" are the steps after which an
 levels is the lowest that EDM had, as a share of the steps that EDM took to it (all, but for one run on
 patches that ends above its lowest error), interpolated in the logarithm of the step; "time" is that share
 times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest ratio of errors over
-the levels, above 1 where an arm is worse than EDM somewhere. Ratios are geometric means over pairs of runs:
+the levels, above 1 where an arm is worse than EDM somewhere; "at the lowest" the same with each run at the step
+where its mean log error is lowest, which comes before the last in a run that overfits: the model that a run
+keeps as its best. Ratios are geometric means over pairs of runs:
 of a seed and, where EDM was trained on it, a device; else the noise was another, and the table says so. Of
 three or more they have 95% intervals by Student's t of their logarithms, of two both stand there. An arm that
 is told the class is also compared with EDM that is told.
@@ -159,13 +161,15 @@ def shares(pairs: Sequence[tuple[Curve, Curve]], low: float, high: float) -> lis
     ]
 
 
-def ratios(pairs: Sequence[tuple[Curve, Curve]], step: int) -> dict[float, float]:
-    """The geometric means of the ratios of errors, by sigma."""
-    logs = {
-        sigma: [math.log(curve[step][sigma] / other[step][sigma]) for curve, other in pairs]
-        for sigma in sorted(pairs[0][1][step])
-    }
-    return {sigma: math.exp(np.mean(values)) for sigma, values in logs.items()}
+def ratios(pairs: Sequence[tuple[Curve, Curve]], step: int | None = None) -> dict[float, float]:
+    """The geometric means of the ratios of errors, by sigma; without a step, where each run is lowest."""
+
+    def at(curve: Curve) -> dict[float, float]:
+        return curve[lowest(curve, *RANGES["all levels"])[0] if step is None else step]
+
+    errors = [(at(curve), at(other)) for curve, other in pairs]
+    logs = {sigma: [math.log(own[sigma] / other[sigma]) for own, other in errors] for sigma in errors[0][1]}
+    return {sigma: math.exp(np.mean(logs[sigma])) for sigma in sorted(logs)}
 
 
 def worst(of_levels: Mapping[float, float]) -> str:
@@ -215,10 +219,12 @@ def task_text(task: str, found: Found) -> str:
         known = arm in costs and (other in costs or other == REFERENCE)
         cost = costs[arm] / costs.get(other, 1.0) if known else math.nan
         time = interval([step * cost for step in steps[0]]) if known else "-"
-        of_levels = ratios(matched, last)
-        speeds.append([name, runs_of(own, arm, other), *map(interval, steps), time, worst(of_levels)])
+        of_levels, of_lowest = ratios(matched, last), ratios(matched)
+        ends = [worst(of_levels), worst(of_lowest)]
+        speeds.append([name, runs_of(own, arm, other), *map(interval, steps), time, *ends])
         errors.append([f"{name}, ratio", *(f"{ratio:.3f}" for ratio in of_levels.values())])
-    head = ["arm", "runs", *(f"steps to EDM's error, {name}" for name in RANGES), "time", "at the last step"]
+    head = ["arm", "runs", *(f"steps to EDM's error, {name}" for name in RANGES), "time"]
+    head += ["at the last step", "at the lowest"]
     parts = [
         f"## {task}, {last} steps",
         table(head, speeds),

@@ -168,6 +168,15 @@ def test_the_worst_level_is_that_of_the_largest_mean_ratio() -> None:
     assert worst(of_levels) == "1.200 (at 1)"
 
 
+def test_a_run_that_overfits_is_also_compared_where_it_is_lowest() -> None:
+    edm = {100: {0.1: 4.0, 1.0: 4.0}, 200: {0.1: 3.0, 1.0: 3.0}, 400: {0.1: 2.0, 1.0: 2.0}}
+    early = {100: {0.1: 1.0, 1.0: 1.6}, 200: {0.1: 1.5, 1.0: 2.5}, 400: {0.1: 1.0, 1.0: 3.0}}
+    late = {100: {0.1: 3.0, 1.0: 3.0}, 200: {0.1: 1.0, 1.0: 1.6}, 400: {0.1: 1.0, 1.0: 3.0}}
+    pairs = [(early, edm), (late, edm)]
+    assert ratios(pairs, 400) == pytest.approx({0.1: 0.5, 1.0: 1.5})
+    assert ratios(pairs) == pytest.approx({0.1: 0.5, 1.0: 0.8}), "EDM at 400, the others at 100 and 200"
+
+
 def test_the_summary_is_of_the_defaults(tables: Path) -> None:
     for arm, scale in (("edm", 1.0), ("marginal-estimate", 0.5), ("edm-classes", 0.8), ("bypass-all", 0.1)):
         collect(Run("core", arm, 0, 0.01, 400), {step: scale * step**-0.5 for step in (50, 100, 200, 400)})
@@ -185,7 +194,7 @@ def test_the_goal_is_the_lowest_error_that_edm_had(tables: Path) -> None:
     collect(Run("core", "bypass", 0, 0.01, 400), {100: 1.0, 200: 0.7, 400: 0.6})
     (tables / "cost.csv").write_text("task,arm,cost\n")
     lines = [line.split(" | ") for line in task_text("core", curves()).splitlines()]
-    cells = {line[0]: line[2] for line in lines if len(line) == 7}
+    cells = {line[0]: line[2] for line in lines if len(line) == 8}
     assert cells["| marginal"] == "0.500", "100 of the 200 steps that EDM took"
     assert cells["| bypass"] == "not reached"
 
