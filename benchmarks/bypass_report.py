@@ -39,7 +39,8 @@ OF_CLASSES = ("bypass-classes", "marginal-classes", "marginal-each-class", "marg
 OTHERS = dict.fromkeys(OF_CLASSES, "edm-classes")  # compared with it, too
 LEAST = 1e-3  # of EDM's steps: what an arm that begins there is counted as, in means
 RANGES = {"all levels": (0.0, math.inf), "from 0.5 up": (0.5, math.inf), "below 0.5": (0.0, 0.49)}
-SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal")  # in the figure of the axes
+DEFAULTS = ("marginal-estimate", "marginal-estimate-folds")
+SHOWN = ("edm", "edm-moments", "edm-shown", "bypass", "bypass-all", "marginal", DEFAULTS[0])  # of the axes
 
 Curve = dict[int, dict[float, float]]  # step -> sigma -> error
 Runs = dict[tuple[str, int, str], Curve]  # (arm, seed, device) -> errors, of one task
@@ -270,7 +271,7 @@ def draw_curves(found: Found) -> None:
                     continue
                 steps = sorted(set.intersection(*(set(run) for run in runs)) - {0})
                 means = [np.exp(np.mean([level(run[step], low, high) for run in runs])) for step in steps]
-                bold = arm in ("edm", "bypass-all", "marginal")
+                bold = arm in (REFERENCE, *DEFAULTS)
                 style = {"color": shades(number % 20), "ls": "-" if number < 20 else "--"}
                 (lines[arm],) = axis.plot(steps, means, lw=2.2 if bold else 1.1, **style)
             axis.set(xscale="log", yscale="log", title=f"{task}: {name}", xlabel="step")
@@ -301,7 +302,8 @@ def draw_modes(task: str) -> None:
         axis.set(xscale="log", title=rf"$\sigma$ = {sigma:g}", xlabel="variance along the axes")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("steps to within 10% of the last error")
-    axes[-1].legend(frameon=False, fontsize=8)
+    lines, told = axes[-1].get_legend_handles_labels()
+    figure.legend(lines, told, loc="outside lower center", ncols=len(told), frameon=False, fontsize=8)
     save(figure, TABLES / "modes.png")
 
 
