@@ -3,8 +3,8 @@
     python benchmarks/bypass_report.py          writes benchmarks/bypass_ablation/{report.md, *.png} and the
                                                 two blocks of docs/evidence.md
 
-All from the tables in benchmarks/bypass_ablation/. Errors are squared denoising errors per pixel on held-
-out images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log error
+All from the tables in benchmarks/bypass_ablation/. Errors are squared denoising errors per pixel on
+held-out images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log error
 over the levels is the lowest that EDM had, as a share of the steps that EDM took to it (all, but for one
 run on patches that ends above its lowest error), interpolated in the logarithm of the step; "time" is that
 share times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest ratio of
