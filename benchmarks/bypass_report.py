@@ -4,16 +4,16 @@
                                                 two blocks of docs/evidence.md
 
 All from the tables in benchmarks/bypass_ablation/. Errors are squared denoising errors per pixel on
-held-out images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log error
-over the levels is the lowest that EDM had, as a share of the steps that EDM took to it (all, but for one
-run on patches that ends above its lowest error), interpolated in the logarithm of the step; "time" is that
-share times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the largest ratio of
-errors over the levels, above 1 where an arm is worse than EDM somewhere; "at the lowest" is the same with
-each run at the step where its mean log error is lowest, which comes before the last in one that overfits,
-and is the model that a run keeps as its best. Ratios are geometric means over pairs of runs: of a seed and,
-where EDM was trained on it, a device; else the noise was another, and the table says so. Of three or more
-they have 95% intervals by Student's t of their logarithms, of two both stand there. An arm that is told the
-class is also compared with EDM that is told.
+held-out images, of averaged weights. "Steps to EDM's error" are the steps after which an arm's mean log
+error over the levels is the lowest that EDM had, as a share of the steps that EDM took to it (all, but
+for one run on patches that ends above its lowest error), interpolated in the logarithm of the step;
+"time" is that share times the cost of a step (cost.csv, by bypass_cost.py). "At the last step" is the
+largest ratio of errors over the levels, above 1 where an arm is worse than EDM somewhere; "at the lowest"
+is the same with each run at the step where its mean log error is lowest, which comes before the last in
+one that overfits. Ratios are geometric means over pairs of runs: of a seed and, where EDM was trained on
+it, a device; else the noise was another, and the table says so. Of three or more they have 95% intervals
+by Student's t of their logarithms, of two both stand there. An arm that is told the class is also
+compared with EDM that is told.
 """
 
 from __future__ import annotations
