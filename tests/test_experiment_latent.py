@@ -313,7 +313,8 @@ def test_plain_trajectories_are_the_pipelines(tmp_path: Path) -> None:
     scheduler.set_timesteps(9)
     states = latent.scheduler_states(work.predict, scheduler, noise, scheduler.timesteps)
     assert len(states) == 10
-    torch.testing.assert_close(states[-1] / SCALE, ends[0])
+    # Nine float32 evaluations in batches of two and one, which some processors round otherwise than of three.
+    torch.testing.assert_close(states[-1] / SCALE, ends[0], rtol=1e-5, atol=5e-5)
 
 
 def test_the_model_may_be_the_pipeline(tmp_path: Path) -> None:
